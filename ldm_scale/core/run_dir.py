@@ -1,0 +1,78 @@
+"""The run directory: one training, everything it wrote, and the one place that knows the names."""
+
+import json
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm_scale.core import storage
+
+State = Literal["running", "preempted", "finished", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths inside `runs/{experiment}/{name}`.
+
+    `metrics.jsonl`, `events.jsonl` and `media/` are the truth of what happened; W&B and report.html are views of them.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, with the kind of every part."""
+        return self.path / "config.json"
+
+    @property
+    def status(self) -> Path:
+        """`{state, reason, images, host, time}`: what launchers read."""
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: `{images_seen, time, name: value, ...}`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line: `{time, images_seen, event, ...}`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def media(self) -> Path:
+        """Pictures, `{name with / as __}/{images_seen:012d}.png`."""
+        return self.path / "media"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """Inference weights written when training ends: a directory that other jobs load."""
+        return self.path / "weights"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    def write_status(self, state: State, *, images: int, reason: str = "") -> None:
+        """Say how the run stands. Called by rank 0."""
+        storage.write_json(
+            self.status,
+            {"state": state, "reason": reason, "images": images, "host": socket.gethostname(), "time": time.time()},
+        )
+
+    def read_lines(self, file: Path) -> list[dict[str, Any]]:
+        """Every complete line of `metrics` or `events`; a line cut short by a kill is left out."""
+        if not file.exists():
+            return []
+        with open(file, "rb") as lines:
+            return [json.loads(line) for line in lines if line.endswith(b"\n")]

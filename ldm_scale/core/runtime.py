@@ -1,0 +1,101 @@
+"""Where this process runs: rank, world, device; logging that knows its rank; a wish to stop that all ranks agree on."""
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: try again later; launchers requeue on status.json, schedulers may read this
+
+
+def rank() -> int:
+    """This process's number in the world, 0 when there is only one."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on rank 0, which alone writes what there is one of."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing to wait for in a world of one."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when it is true on one."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return flag
+    vote = torch.tensor(int(flag), device=device())
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def device() -> torch.device:
+    """The accelerator of this process, or the CPU where there is none.
+
+    raises  RuntimeError where a GPU is present but CUDA cannot use it: never silently the CPU
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    require_usable_gpu(gpu_present=os.path.exists("/dev/nvidiactl"), driver=_driver_version())
+    return torch.device("cpu")
+
+
+def require_usable_gpu(*, gpu_present: bool, driver: str) -> None:
+    """Refuse a machine whose GPU this torch cannot drive, unless CUDA_VISIBLE_DEVICES is set empty on purpose."""
+    if gpu_present and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise RuntimeError(
+            f"a GPU is present but CUDA is unusable: driver {driver}, torch {torch.__version__} built for CUDA "
+            f"{torch.version.cuda}. Install a torch wheel for this driver, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+
+
+def _driver_version() -> str:
+    try:
+        with open("/proc/driver/nvidia/version") as file:
+            return file.readline().split("Module")[-1].split()[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def logger(name: str) -> logging.Logger:
+    """A logger that speaks on rank 0 only, and names the rank when it is not alone."""
+    log = logging.getLogger(name)
+    log.addFilter(lambda record: is_main() or record.levelno >= logging.ERROR)
+    return log
+
+
+def configure_logging() -> None:
+    """Plain lines on stderr, with time and rank."""
+    prefix = f"[rank {rank()}] " if world() > 1 else ""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
+    )
+
+
+class Preemption:
+    """Remembers SIGTERM or SIGUSR1 until the loop asks; `agreed` is a collective call."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """True on all ranks once one of them was told to stop."""
+        return any_rank(self.received)

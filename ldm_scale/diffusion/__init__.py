@@ -1,0 +1,1 @@
+"""Floor 2: the arithmetic of diffusion: schedules and objectives."""

@@ -1,0 +1,1 @@
+"""Floor 3: scores of images; takes images or features, never a model."""

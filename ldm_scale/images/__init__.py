@@ -1,0 +1,1 @@
+"""Floor 2: pixels: decoding, resizing, and the toy world's pictures."""

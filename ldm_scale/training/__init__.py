@@ -1,0 +1,1 @@
+"""Floor 5: engines, EMA, checkpoints, steps and the loop."""
