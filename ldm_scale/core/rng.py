@@ -50,6 +50,7 @@ def uniform(seed: int, purpose: str, positions_B: Tensor, shape: tuple[int, ...]
 
 def integers(seed: int, purpose: str, positions_B: Tensor, high: int, shape: tuple[int, ...] = ()) -> Tensor:
     """Integers uniform in 0 .. high - 1, int64, shape (B, *shape); `high` up to 2^31."""
+    assert 1 <= high <= 1 << 31, high
     words = _shift(_bits(seed, purpose, positions_B, math.prod(shape)), 33)
     return ((words * high) >> 31).reshape(len(positions_B), *shape)
 
@@ -62,3 +63,9 @@ def normal(seed: int, purpose: str, positions_B: Tensor, shape: tuple[int, ...] 
     angle = (words & 0xFFFFFF).to(torch.float32) * (2 * math.pi * 2.0**-24)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
     return pairs[:, :count].reshape(len(positions_B), *shape)
+
+
+def text_uniform(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: for splits that no run and no order can move."""
+    word = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return (word >> 11) / 2**53  # 53 bits fit a float: 1.0 cannot come out

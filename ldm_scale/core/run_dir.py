@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,8 +72,12 @@ class RunDir:
         )
 
     def read_lines(self, file: Path) -> list[dict[str, Any]]:
-        """Every complete line of `metrics` or `events`; a line cut short by a kill is left out."""
+        """Every whole line of `metrics` or `events`; what a kill cut short, or ran together, is left out."""
         if not file.exists():
             return []
+        values = []
         with open(file, "rb") as lines:
-            return [json.loads(line) for line in lines if line.endswith(b"\n")]
+            for line in lines:
+                with suppress(ValueError):
+                    values.append(json.loads(line))
+        return values

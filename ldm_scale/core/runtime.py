@@ -33,6 +33,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """End the process group, all ranks together: a process that ends while another still talks to it may abort."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank when it is true on one."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):

@@ -23,34 +23,40 @@ def is_remote(url: str) -> bool:
 def expand(source: str, suffix: str = ".tar") -> list[str]:
     """Every file that `source` names, sorted, each once.
 
-    source  a directory, a brace range (`shards/{00000..00041}.tar`), a glob, a `.txt` file that lists one file a line,
-            or one file; local or any fsspec URL; several joined by `::`
-    raises  FileNotFoundError naming the part that matches nothing
+    source  a directory, a brace range (`shards/{00000..00041}.tar`), a glob, one file, or a `.txt` file that lists
+            one of these a line; local or any fsspec URL; several joined by `::`
+    raises  FileNotFoundError naming the part that matches nothing: every number of a brace range and every line of a
+            list must match. A remote file named in full is taken on trust. ValueError for `pipe:`, wherever it stands
     """
-    found: list[str] = []
-    for part in source.removeprefix("file://").split("::"):
-        files = _expand_one(part, suffix)
-        if not files:
-            raise FileNotFoundError(f"{part!r} names no {suffix} file: give a directory, brace range, glob or list")
-        found.extend(files)
-    return sorted(set(found))
+    return sorted({file for part in source.split("::") for file in _expand_one(part, suffix)})
 
 
 def _expand_one(part: str, suffix: str) -> list[str]:
+    part = part.removeprefix("file://")
     if part.startswith("pipe:"):
         raise ValueError(f"{part!r} would run a shell command; pipe: sources are refused")
     if match := _RANGE.search(part):
-        low, high = match.groups()
-        numbers = [f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)]
-        return [file for n in numbers for file in _expand_one(part[: match.start()] + n + part[match.end() :], suffix)]
-    if part.endswith(".txt"):
+        files = [file for one in _members(part, match) for file in _expand_one(one, suffix)]
+    elif part.endswith(".txt"):
         with open_read(part) as lines:
-            return [line.strip() for line in lines.read().decode().splitlines() if line.strip()]
-    if is_remote(part):
-        return _expand_remote(part, suffix)
-    if os.path.isdir(part):
-        return sorted(glob.glob(os.path.join(glob.escape(part), f"*{suffix}")))
-    return sorted(glob.glob(part))
+            entries = [line.strip() for line in lines.read().decode().splitlines() if line.strip()]
+        files = [file for entry in entries for file in _expand_one(entry, suffix)]
+    elif is_remote(part):
+        files = _expand_remote(part, suffix)
+    elif os.path.isdir(part):
+        files = glob.glob(os.path.join(glob.escape(part), f"*{suffix}"))
+    else:
+        files = [part] if os.path.exists(part) else glob.glob(part)
+    if not files:
+        raise FileNotFoundError(f"{part!r} names no {suffix} file: give a directory, brace range, glob or list")
+    return files
+
+
+def _members(part: str, match: re.Match[str]) -> list[str]:
+    """What the first brace range of `part` stands for; numbers as wide as the lower end."""
+    low, high = match.groups()
+    numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
+    return [part[: match.start()] + number + part[match.end() :] for number in numbers]
 
 
 def _expand_remote(url: str, suffix: str) -> list[str]:

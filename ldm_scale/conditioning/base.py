@@ -1,0 +1,74 @@
+"""What a condition is to the U-Net, and what every conditioner does.
+
+Rombach et al. 2022, section 3.3: tokens to attend to, channels to concatenate, or (Dhariwal & Nichol 2021) a vector
+added to the timestep embedding. Knows nothing of the diffusion process, files or ranks.
+
+Shape letters: B batch, L tokens, D context width, C channels, H W latent height and width, E vector width.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm_scale.core.tensors import over_samples
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the U-Net is given beside the noisy latent; None where there is nothing of a kind.
+
+    context  (B, L, D) tokens for cross-attention
+    concat   (B, C, H, W) channels appended to the latent's
+    vector   (B, E) added to the timestep embedding
+    """
+
+    context: Tensor | None = None
+    concat: Tensor | None = None
+    vector: Tensor | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class ConditionerConfig(ABC):
+    """What every conditioner's configuration has."""
+
+    dropout: float = 0.1
+    """Probability that training replaces a sample's condition by the empty one, for guidance (Ho & Salimans 2022)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"conditioning.dropout={self.dropout}; must be a probability, 0 to 1")
+
+    @abstractmethod
+    def build(self) -> "Conditioner":
+        """The conditioner with fresh weights, on torch's default device."""
+
+
+class Conditioner(nn.Module, ABC):
+    """Turns a caption, class or map into what the U-Net reads, in two steps.
+
+    `prepare` is cheap, has no weights and runs in the loader's thread; `forward` has them and runs on the device.
+    """
+
+    dropout: float
+    """Probability that training replaces a sample's condition by the empty one."""
+    context_dim: int
+    """Width D of the context tokens; 0: no context."""
+
+    @abstractmethod
+    def prepare(self, captions: list[str]) -> Tensor:
+        """Inputs of `forward`, one row a caption, on the CPU. May be called from several threads at once."""
+
+    @abstractmethod
+    def null_inputs(self, batch: int) -> Tensor:
+        """Inputs that stand for no condition, `batch` equal rows, on the CPU."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Conditions:
+        """Conditions of prepared inputs."""
+
+    def dropped(self, inputs: Tensor, drop_B: Tensor) -> Tensor:
+        """`inputs` with the rows where `drop_B` is true replaced by the empty condition; same device and dtype."""
+        null = self.null_inputs(1).to(inputs)
+        return torch.where(over_samples(drop_B, inputs), null, inputs)

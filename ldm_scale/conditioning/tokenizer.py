@@ -1,0 +1,152 @@
+"""Captions to token ids: WordPiece as BERT uses it (Devlin et al. 2019), lower-cased, padded to one length.
+
+`train_wordpiece` makes a small tokenizer for toy worlds; the paper's models use `bert-base-uncased`. Knows nothing of
+networks.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from ldm_scale.core.storage import atomic_write
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PAD, UNKNOWN, FIRST, LAST, _ = SPECIAL_TOKENS
+_INSIDE = "##"  # prefix of a piece that continues a word
+_REMEDY = (
+    "give the path of a tokenizer.json or of a directory that holds one; `make fetch-weights` on a machine with "
+    "internet fetches bert-base-uncased"
+)
+
+
+class CaptionTokenizer:
+    """Captions to rows of exactly `max_length` ids: [CLS], the pieces (cut where too many), [SEP], [PAD] to the end.
+
+    Settings are fixed when it is made, so `__call__` may run in several threads at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        """`tokenizer` is taken over: its truncation and padding are set here."""
+        _require_special_tokens(tokenizer.get_vocab())
+        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_padding(length=max_length, pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
+        self._tokenizer = tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """(B, max_length) int64, on the CPU."""
+        return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(captions)], dtype=torch.int64)
+
+    def decode(self, ids_BL: Tensor) -> list[str]:
+        """The lower-cased captions back, without special tokens: for logs and reports."""
+        captions: list[str] = self._tokenizer.decode_batch(ids_BL.tolist(), skip_special_tokens=True)
+        return captions
+
+
+def load_tokenizer(source: str, max_length: int) -> CaptionTokenizer:
+    """A BERT tokenizer from a tokenizer.json, a directory with one (or with vocab.txt), or the Hugging Face hub.
+
+    raises  FileNotFoundError where `source` is none of these, or the hub cannot be reached; ValueError where the file
+            is no tokenizer
+    """
+    return CaptionTokenizer(_read(source), max_length)
+
+
+def _read(source: str) -> Tokenizer:
+    for file in (source, os.path.join(source, "tokenizer.json")):
+        if os.path.isfile(file):
+            return _from_json(file)
+    vocab_file = os.path.join(source, "vocab.txt")
+    if os.path.isfile(vocab_file):
+        with open(vocab_file, encoding="utf-8") as lines:
+            return _bert({line.rstrip("\n"): number for number, line in enumerate(lines)})
+    if os.path.exists(source) or os.path.isabs(source) or source.endswith(".json"):
+        raise FileNotFoundError(
+            f"conditioning.tokenizer={source!r} is no tokenizer.json, nor a directory with tokenizer.json or "
+            f"vocab.txt; {_REMEDY}"
+        )
+    return _from_hub(source)
+
+
+def _from_json(file: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is not a tokenizer of the tokenizers library ({error}); {_REMEDY}") from error
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer  # seconds to import, and most runs have a file
+
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"conditioning.tokenizer={name!r} is no file here and the Hugging Face hub did not give it; {_REMEDY}"
+        ) from error
+
+
+def train_wordpiece(captions: list[str], vocab_size: int, path: str | Path) -> None:
+    """Train a lower-cased WordPiece with BERT's special tokens on `captions`, and write it to `path` (tokenizer.json).
+
+    The file depends on the captions alone, on any machine. Where the captions give fewer pieces than `vocab_size`, the
+    rest are `[unused0]`, `[unused1]` ... as in BERT, so that the vocabulary always has the size asked for.
+
+    raises  ValueError where `vocab_size` is too small for the special tokens and the characters, or no caption has one
+    """
+    blank = _pipeline(vocab={})
+    words = [
+        word
+        for caption in captions
+        for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(caption))
+    ]
+    if not words:
+        raise ValueError("no words in the captions: nothing to train a tokenizer on")
+    alphabet = sorted({c for word in words for c in word})
+    alphabet += [_INSIDE + c for c in sorted({c for word in words for c in word[1:]})]
+    smallest = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size}; these captions need at least {smallest}: every character, alone")
+    # The trainer numbers `##x` in the order of a randomly seeded hash map, and breaks ties by number. Giving it the
+    # alphabet as special tokens fixes every number, hence every tie.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *alphabet], show_progress=False
+    )
+    blank.train_from_iterator(captions, trainer)
+    vocab = blank.get_vocab(with_added_tokens=True)
+    for number in range(vocab_size - len(vocab)):
+        vocab[f"[unused{number}]"] = len(vocab)
+    with atomic_write(path) as file:
+        file.write(_bert(vocab).to_str(pretty=True).encode())
+
+
+def _pipeline(vocab: dict[str, int]) -> Tokenizer:
+    """BERT's lower-casing and splitting around a vocabulary."""
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=_INSIDE)
+    return tokenizer
+
+
+def _bert(vocab: dict[str, int]) -> Tokenizer:
+    """BERT's tokenizer around a vocabulary that has its special tokens."""
+    _require_special_tokens(vocab)
+    tokenizer = _pipeline(vocab)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{FIRST} $A {LAST}", special_tokens=[(FIRST, vocab[FIRST]), (LAST, vocab[LAST])]
+    )
+    return tokenizer
+
+
+def _require_special_tokens(vocab: dict[str, int]) -> None:
+    if missing := [token for token in SPECIAL_TOKENS if token not in vocab]:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}; it is not one of BERT's kind: {_REMEDY}")

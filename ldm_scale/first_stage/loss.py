@@ -1,0 +1,208 @@
+"""What a first stage minimises: absolute error, an optional perceptual distance, and the KL divergence.
+
+Rombach et al. 2022, appendix G; reductions as in the reference (facts.md W6). The perceptual network is passed in;
+`perceptual_network` makes one. Knows nothing of optimizers, files of images or ranks.
+
+Shape letters: B batch, C channels, H W height and width.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ldm_scale.core.storage import sha256_file
+from ldm_scale.first_stage.base import Moments
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+"""(images, images), both (B, C, H, W) in [-1, 1] -> distances (B,)."""
+
+VGG16_FILE = "vgg16-397923af.pth"
+"""torchvision's ImageNet weights; the name ends in the first digits of the file's sha256."""
+
+
+class PerceptualKind(Enum):
+    """Which perceptual distance is added to the absolute error."""
+
+    none = "none"
+    lpips = "lpips"
+    """Zhang et al. 2018, VGG16; needs weights."""
+    random = "random"
+    """The same arithmetic in a small network with fixed random weights: for toys and tests, no weights needed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AutoencoderLossConfig:
+    """Weights of the terms; the defaults are those of Rombach et al. 2022."""
+
+    pixel_weight: float = 1.0
+    """Weight of the absolute error, summed over an image."""
+    perceptual: PerceptualKind = PerceptualKind.lpips
+    """Which perceptual distance is added."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual distance against the absolute error of one pixel channel."""
+    kl_weight: float = 1e-6
+    """Weight of KL(q(z|x) || N(0, I)) in nats against the absolute error summed over an image."""
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("pixel_weight", self.pixel_weight),
+            ("perceptual_weight", self.perceptual_weight),
+            ("kl_weight", self.kl_weight),
+        ):
+            if value < 0:
+                raise ValueError(f"autoencoder_loss.{name}={value}; must be at least 0")
+        if self.pixel_weight == 0 and (self.perceptual is PerceptualKind.none or self.perceptual_weight == 0):
+            raise ValueError(
+                "autoencoder_loss.pixel_weight=0 and no perceptual distance: nothing would be reconstructed"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructionTerms:
+    """The loss of each sample and what it is made of; every field is (B,), float32.
+
+    total       what is minimised, averaged over the batch: a sum over the C * H * W values of an image, so it grows
+                with the image (kl_weight is relative to that sum)
+    l1          absolute error, mean over C, H, W
+    perceptual  perceptual distance of the image; zero where there is none
+    kl          KL divergence in nats, summed over the latent; zero where the latent is certain
+    """
+
+    total: Tensor
+    l1: Tensor
+    perceptual: Tensor
+    kl: Tensor
+
+
+class ReconstructionLoss:
+    """sum over C, H, W of (pixel_weight |x - x'| + perceptual_weight p(x, x')) + kl_weight KL, for each sample.
+
+    As in the reference, the one perceptual distance of an image is added to each of its C * H * W errors.
+    """
+
+    def __init__(self, config: AutoencoderLossConfig, perceptual: Perceptual | None = None) -> None:
+        """`perceptual` comes from `perceptual_network(config, ...)`, None exactly where config.perceptual is none."""
+        assert (perceptual is None) == (config.perceptual is PerceptualKind.none)
+        self.config = config
+        self.perceptual = perceptual
+
+    def __call__(self, images_BCHW: Tensor, reconstructions_BCHW: Tensor, moments: Moments) -> ReconstructionTerms:
+        """Compared in float32; pixels in [-1, 1]."""
+        images_BCHW, reconstructions_BCHW = images_BCHW.float(), reconstructions_BCHW.float()
+        l1_B = (images_BCHW - reconstructions_BCHW).abs().flatten(1).mean(1)
+        kl_B = kl_divergence(moments)
+        if self.perceptual is None:
+            perceptual_B = torch.zeros_like(l1_B)
+        else:
+            perceptual_B = self.perceptual(images_BCHW, reconstructions_BCHW)
+        per_value_B = self.config.pixel_weight * l1_B + self.config.perceptual_weight * perceptual_B
+        total_B = per_value_B * images_BCHW[0].numel() + self.config.kl_weight * kl_B
+        return ReconstructionTerms(total_B, l1_B, perceptual_B, kl_B)
+
+
+def kl_divergence(moments: Moments) -> Tensor:
+    """KL(N(mean, var) || N(0, I)) = sum over C, H, W of (mean^2 + var - 1 - log var) / 2, in nats; (B,), float32."""
+    if moments.logvar is None:
+        return torch.zeros(len(moments.mean), device=moments.mean.device)
+    mean, logvar = moments.mean.float(), moments.logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def perceptual_network(config: AutoencoderLossConfig, weights: str | None) -> "FrozenDistance | None":
+    """The distance that `config` asks for, frozen, on the CPU; None for none.
+
+    weights  directory that holds VGG16_FILE; only LPIPS needs it
+    raises   FileNotFoundError where LPIPS is asked for and the file is not there; ValueError where it is damaged
+    """
+    if config.perceptual is PerceptualKind.none:
+        return None
+    if config.perceptual is PerceptualKind.random:
+        return FrozenDistance(RandomFeatureDistance())
+    return FrozenDistance(_lpips(_vgg16_file(weights)))
+
+
+class FrozenDistance(nn.Module):
+    """A perceptual network that does not train: no gradients to its weights, and evaluation mode always.
+
+    A parent's train() does not reach the dropout inside (facts.md W5). Keep it out of modules whose weights are saved.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "FrozenDistance":
+        """Stays in evaluation mode, whatever `mode`."""
+        super().train(False)
+        return self
+
+    def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+        """Distances (B,) between images in [-1, 1]; differentiable in both."""
+        distances_B: Tensor = self.network(a_BCHW, b_BCHW).flatten()
+        return distances_B
+
+
+class RandomFeatureDistance(nn.Module):
+    """LPIPS's arithmetic (Zhang et al. 2018, eq. 1, equal channel weights) on features of a fixed random network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 64)
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, kernel_size=3, stride=2, padding=1) for i, o in pairwise(widths))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+        """(B,) sum over layers of the squared distance of channel-normalised features, averaged over pixels."""
+        distances_B = torch.zeros(len(a_BCHW), device=a_BCHW.device)
+        for layer in self.layers:
+            a_BCHW, b_BCHW = functional.relu(layer(a_BCHW)), functional.relu(layer(b_BCHW))
+            difference = functional.normalize(a_BCHW, dim=1) - functional.normalize(b_BCHW, dim=1)
+            distances_B = distances_B + difference.square().sum(1).flatten(1).mean(1)
+        return distances_B
+
+
+def _vgg16_file(weights: str | None) -> str:
+    """The path of VGG16_FILE, proven whole."""
+    remedy = "run `make fetch-weights` (on a machine with internet), or set autoencoder_loss.perceptual=none"
+    if weights is None:
+        raise FileNotFoundError(
+            f"autoencoder_loss.perceptual=lpips needs {VGG16_FILE}, and paths.weights is not set; {remedy}"
+        )
+    path = os.path.join(weights, VGG16_FILE)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"autoencoder_loss.perceptual=lpips needs {path}, which is not there; {remedy}")
+    expected = VGG16_FILE.removesuffix(".pth").rpartition("-")[2]
+    if not (found := sha256_file(path)).startswith(expected):
+        raise ValueError(
+            f"{path} is damaged: its sha256 starts with {found[:8]}, not {expected}; delete it and {remedy}"
+        )
+    return path
+
+
+def _lpips(vgg16_file: str) -> nn.Module:
+    import lpips  # over a second to import
+
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # its linear weights ship with the package
+    load_vgg16(network, torch.load(vgg16_file, weights_only=True, map_location="cpu"))
+    return network
+
+
+def load_vgg16(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put torchvision's VGG16 weights (`features.N.weight`) into LPIPS, which keeps layer N as `net.sliceS.N`."""
+    for name, parameter in network.named_parameters():
+        if name.startswith("net.slice"):
+            layer, kind = name.split(".")[2:]
+            with torch.no_grad():
+                parameter.copy_(state[f"features.{layer}.{kind}"])

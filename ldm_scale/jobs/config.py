@@ -1,0 +1,446 @@
+"""What a job is: one schema per job, made of dataclasses that stand beside their owners. The only importer of Hydra.
+
+A configuration travels four roads (a group file, an experiment, `key=`, `+key=`), and on each an unknown key, a wrong
+type or an impossible value is refused before anything is loaded, by the schemas registered here.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from ldm_scale.conditioning.base import ConditionerConfig
+from ldm_scale.conditioning.text import TextTransformerConfig
+from ldm_scale.data.loader import DataConfig
+from ldm_scale.first_stage.base import FirstStageConfig
+from ldm_scale.first_stage.kl import AutoencoderKLConfig
+from ldm_scale.first_stage.loss import AutoencoderLossConfig
+from ldm_scale.latent_diffusion.model import DiffusionConfig, LatentDiffusionConfig
+from ldm_scale.nn.unet import UNetConfig
+from ldm_scale.samplers.base import SamplerConfig
+from ldm_scale.samplers.ddim import DDIMConfig
+from ldm_scale.tracking.tracker import TrackerConfig
+from ldm_scale.training.engine import BatchFit, EngineConfig
+from ldm_scale.training.optimizer import OptimizerConfig
+
+CONF = Path(__file__).parents[2] / "conf"
+BAD_CONFIG_EXIT_CODE = 2
+Job = TypeVar("Job")
+
+
+class Features(Enum):
+    """The network whose features are compared."""
+
+    random = "random"
+    """A fixed random-weight network: needs no download, logs `fd_random`."""
+    inception = "inception"
+    """Inception v3 of the FID paper, from `paths.weights`; logs `fid`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PathsConfig:
+    """Where things lie that no run owns."""
+
+    weights: str
+    """Directory of downloaded weights (first stages, Inception, VGG, tokenizers)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EveryConfig:
+    """How often the training loop does what; all in images seen, 0 for never."""
+
+    log: int
+    """Numbers to the tracker."""
+    sample: int
+    """Grids of fixed prompts and fixed noise (second stage) or reconstructions (first stage)."""
+    evaluate: int
+    """Validation loss and scores."""
+    save: int
+    """Checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("log", "sample", "evaluate", "save"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"every.{name}={getattr(self, name)}; a number of images, or 0 for never")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """Scores in training and after it."""
+
+    images: int
+    """How many images are generated (second stage) or reconstructed (first stage) for a score."""
+    batch: int
+    """Images made at once, per process."""
+    features: Features
+    """What the Frechet distance is measured in."""
+    caption_accuracy: bool
+    """Read colour, shape and position back from generated pictures; true in the toy world only."""
+    grid: int
+    """Pictures in a sample grid."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "grid"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"evaluation.{name}={getattr(self, name)}; at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Experiment:
+    """Everything an experiment file may set; every job of the experiment reads its part."""
+
+    experiment: str
+    """Name of the file in conf/experiment."""
+    name: str
+    """Name of this run of the experiment; mandatory at full scale."""
+    run_dir: str
+    """Where the run writes; `runs/{experiment}/{name}` unless given."""
+    seed: int
+    """Of every random stream: order of the data, noise, timesteps, dropout, initial weights."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before the configuration is composed: they register parts from outside this tree."""
+
+    first_stage: FirstStageConfig
+    """Autoencoder between pixels and latents; trained where there is no `unet`, else frozen."""
+    autoencoder_loss: AutoencoderLossConfig
+    """What a first stage is trained on."""
+    unet: UNetConfig | None = None
+    """Denoiser; None trains the first stage itself."""
+    conditioning: ConditionerConfig | None = None
+    """What the denoiser is told; None for an unconditional model."""
+    diffusion: DiffusionConfig | None = None
+    """Schedule and objective; None where there is no `unet`."""
+    sampler: SamplerConfig
+    """How sample grids and scores are made."""
+
+    data: DataConfig
+    """Image shards, latent cache, transform."""
+    engine: EngineConfig
+    """How processes train together."""
+    optimizer: OptimizerConfig
+    """Updates, and the learning rate as a function of images."""
+    evaluation: EvaluationConfig
+    """Scores."""
+    tracker: TrackerConfig
+    """Where numbers and pictures go besides the run directory."""
+    paths: PathsConfig
+    """Where things lie that no run owns."""
+    every: EveryConfig
+    """Intervals of the training loop."""
+
+    global_batch: int
+    """Images per optimizer step, over all devices."""
+    micro_batch: int
+    """Images per device and forward pass; accumulation is derived."""
+    batch_fit: BatchFit = BatchFit.exact
+    """`nearest` takes the nearest global batch that fits the world, instead of refusing."""
+    total_images: int
+    """Training ends when this many images have been seen."""
+    ema_half_lives: list[int]
+    """Half-lives of the weight averages, in images; the first is the one sampled and exported."""
+    keep_last: int = 3
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many images are kept for good; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "micro_batch", "total_images", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; at least 1")
+        if not self.ema_half_lives or min(self.ema_half_lives) < 1:
+            raise ValueError(f"ema_half_lives={self.ema_half_lives}; at least one, each at least 1 image")
+        if (self.unet is None) != (self.diffusion is None):
+            raise ValueError("unet and diffusion go together: a second stage has both, a first stage neither")
+        if self.unet is None and self.conditioning is not None:
+            raise ValueError("conditioning is given but there is no unet for it to condition")
+
+    @property
+    def trains_first_stage(self) -> bool:
+        """True where the job trains the autoencoder rather than a diffusion model on it."""
+        return self.unet is None
+
+    @property
+    def latent_diffusion(self) -> LatentDiffusionConfig:
+        """The second stage of this experiment."""
+        assert self.unet is not None and self.diffusion is not None, "asked only where there is a second stage"
+        return LatentDiffusionConfig(unet=self.unet, conditioning=self.conditioning, diffusion=self.diffusion)
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainJob(Experiment):
+    """`train.py`."""
+
+    amend: bool = False
+    """Allow a resume under a changed learning rate, batch, data or length; the difference is recorded."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecomputeConfig:
+    """How images become latents."""
+
+    batch: int
+    """Images encoded at once."""
+    audit: int
+    """Images of each shard that are decoded again and compared."""
+    min_psnr: float
+    """Decibels below which a shard's audit fails; 0 turns the gate off, not the measurement."""
+    limit_shards: int = 0
+    """Encode only the first so many shards; 0 for all."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.audit < 1:
+            raise ValueError(f"precompute.batch={self.batch}, precompute.audit={self.audit}; each at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecomputeJob(Experiment):
+    """`precompute_latents.py`."""
+
+    precompute: PrecomputeConfig
+    """How images become latents."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FromRun:
+    """What jobs share that start from a trained run."""
+
+    run_dir: str
+    """The run directory of the training."""
+    checkpoint: str
+    """`latest`, or the name of a directory in its `checkpoints`."""
+    weights: str
+    """`ema` (the first half-life), `ema/HALF_LIFE`, or `raw`."""
+    imports: list[str] = field(default_factory=list)
+    """Modules imported before the configuration is composed."""
+    sampler: SamplerConfig
+    """How images are made."""
+    batch: int
+    """Images made at once."""
+    seed: int
+    """Of the noise; image i has its own stream (seed, i)."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}; at least 1")
+        if self.weights not in ("raw", "ema") and not self.weights.removeprefix("ema/").isdigit():
+            raise ValueError(f"weights={self.weights!r}; raw, ema, or ema/HALF_LIFE_IN_IMAGES")
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleJob(FromRun):
+    """`sample.py`."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Captions to draw."""
+    prompts_file: str | None = None
+    """A text file with one caption a line, instead of `prompts`."""
+    images_per_prompt: int = 1
+    """Pictures of each caption, each with its own noise."""
+    out: str
+    """Directory of the PNGs and the grid."""
+
+    def __post_init__(self) -> None:
+        FromRun.__post_init__(self)
+        if bool(self.prompts) == bool(self.prompts_file):
+            raise ValueError("give prompts=['a caption', ...] or prompts_file=FILE, one of the two")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt={self.images_per_prompt}; at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateJob(FromRun):
+    """`evaluate.py`."""
+
+    evaluation: EvaluationConfig
+    """Scores."""
+    paths: PathsConfig
+    """Where things lie that no run owns."""
+    validation: str | None = None
+    """Held-out image shards; None for those that the run was configured with."""
+
+
+def register(group: str, kind: str, config: type) -> None:
+    """Make a config dataclass known: files of `conf/{group}` build on it by `defaults: [{kind}_schema]`.
+
+    A part from outside this tree calls this when imported through `imports=[its.module]`.
+    """
+    ConfigStore.instance().store(group=group, name=f"{kind}_schema", node=config)
+    _KINDS.setdefault(group, {})[kind] = config
+
+
+_KINDS: dict[str, dict[str, type]] = {}
+for _group, _kind, _config in (
+    ("first_stage", "autoencoder_kl", AutoencoderKLConfig),
+    ("autoencoder_loss", "autoencoder_loss", AutoencoderLossConfig),
+    ("unet", "unet", UNetConfig),
+    ("conditioning", "text_transformer", TextTransformerConfig),
+    ("diffusion", "diffusion", DiffusionConfig),
+    ("sampler", "ddim", DDIMConfig),
+    ("data", "data", DataConfig),
+    ("engine", "engine", EngineConfig),
+    ("optimizer", "adamw", OptimizerConfig),
+    ("evaluation", "evaluation", EvaluationConfig),
+    ("tracker", "tracker", TrackerConfig),
+    ("paths", "paths", PathsConfig),
+):
+    register(_group, _kind, _config)
+
+JOBS: Mapping[str, type] = {
+    "train": TrainJob,
+    "precompute_latents": PrecomputeJob,
+    "sample": SampleJob,
+    "evaluate": EvaluateJob,
+}
+for _name, _schema in JOBS.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_schema)
+
+
+def main(job: str, run: Callable[[Any], None]) -> None:
+    """Compose the configuration of `job` from the command line, and run it."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and exit on; the words below are ours
+
+    def start(config: DictConfig) -> None:
+        run(_or_exit(lambda: read_job(config, JOBS[job])))
+
+    def compose_and_start() -> None:
+        import_parts(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(start)()
+
+    _or_exit(compose_and_start)
+
+
+def _or_exit(step: Callable[[], Any]) -> Any:
+    """Do one step; end the process with one plain sentence where the configuration is at fault."""
+    try:
+        return step()
+    except BadConfig as error:
+        _refuse(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _refuse(explain(error))
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(BAD_CONFIG_EXIT_CODE)
+
+
+class BadConfig(ValueError):
+    """A configuration that was composed, but says something impossible."""
+
+
+def import_parts(overrides: Sequence[str]) -> None:
+    """Import the modules that `imports=[...]` names, so that what they register can be composed."""
+    for text in overrides:
+        if text.startswith("imports="):
+            modules = OverridesParser.create().parse_override(text).value()
+            for module in modules if isinstance(modules, list) else [modules]:
+                sys.path.insert(0, os.getcwd())
+                importlib.import_module(str(module))
+                sys.path.pop(0)
+
+
+def compose(job: str, overrides: Sequence[str]) -> Any:
+    """The job that a command line would run: for tests and tools that are not started through Hydra."""
+    import_parts(overrides)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return read_job(hydra.compose(job, overrides=list(overrides)), JOBS[job])
+
+
+def read_job(config: DictConfig, schema: type[Job]) -> Job:
+    """The composed configuration as dataclasses, each having checked itself.
+
+    raises  BadConfig for an unknown key, an impossible value, or a key that was left out
+    """
+    _refuse_unknown(config, prefix="")
+    missing = [str(key) for key in config if OmegaConf.is_missing(config, key)]
+    if "experiment" in missing:
+        names = ", ".join(sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
+        raise BadConfig(f"name an experiment: +experiment=NAME, one of {names}")
+    missing = missing or sorted(OmegaConf.missing_keys(config))
+    if missing:
+        others = f" (also missing: {', '.join(missing[1:])})" if missing[1:] else ""
+        raise BadConfig(f"{missing[0]} has no default here: add {missing[0]}=VALUE{others}")
+    try:
+        job = OmegaConf.to_object(config)
+    except (ValueError, TypeError) as error:
+        raise BadConfig(str(error)) from error
+    assert isinstance(job, schema)
+    return job
+
+
+def _refuse_unknown(config: DictConfig, prefix: str) -> None:
+    """`+key=` opens what the schema had closed; look at every key once more."""
+    known = OmegaConf.get_type(config)
+    if not dataclasses.is_dataclass(known):
+        return
+    names = [f.name for f in dataclasses.fields(known)]
+    for key in map(str, config):
+        if key not in names:
+            raise BadConfig(_unknown_key(f"{prefix}{key}", names))
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            _refuse_unknown(node, f"{prefix}{key}.")
+
+
+def explain(error: BaseException) -> str:
+    """What is wrong with a configuration, in one sentence: the key, what was given and what is allowed."""
+    place = f"{str(error).split(':')[0]}: " if str(error).startswith("In '") else ""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return place + _explain_key(cause)
+        cause = cause.__cause__
+    return str(error)
+
+
+def _explain_key(error: OmegaConfBaseException) -> str:
+    if isinstance(error, ValidationError):
+        return f"{error.full_key}: {str(error.msg).splitlines()[0]}"
+    parent = error.parent_node
+    return _unknown_key(str(error.full_key), [str(key) for key in parent] if isinstance(parent, DictConfig) else [])
+
+
+def _unknown_key(full_key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(full_key.rpartition(".")[2], known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"unknown key {full_key}{hint} Known here: {', '.join(sorted(known))}"
+
+
+def to_plain(config: Any) -> Any:
+    """A config dataclass as JSON values; each registered part names its `schema`, for `from_plain`."""
+    if dataclasses.is_dataclass(config):
+        values = {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        schemas = [kind for kinds in _KINDS.values() for kind, known in kinds.items() if known is type(config)]
+        return {"schema": schemas[0], **values} if schemas else values
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, Mapping):
+        return {key: to_plain(value) for key, value in config.items()}
+    return [to_plain(value) for value in config] if isinstance(config, list) else config
+
+
+def from_plain(group: str, values: Mapping[str, Any]) -> Any:
+    """The config dataclass of a part of `group` that `to_plain` wrote.
+
+    raises  ValueError for a schema that nobody registered
+    """
+    plain = dict(values)
+    kind = plain.pop("schema")
+    if kind not in _KINDS[group]:
+        raise ValueError(
+            f"{group} {kind!r} is unknown here; known: {', '.join(_KINDS[group])}; imports=[...] brings others"
+        )
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_KINDS[group][kind]), plain))

@@ -1,0 +1,74 @@
+"""What makes a run the same run: which keys may differ when it is resumed.
+
+`free` keys (engine, micro batch, intervals, tracker) may always change; `frozen` ones (networks, schedule, first stage,
+seed) never, since the weights depend on them; every other key changes what is learned from here on, and asks for
+`amend=true`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
+
+# fmt: off
+FREE = (
+    "amend", "batch_fit", "conditioning.tokenizer", "data.images", "data.index_dir", "data.latents", "data.threads",
+    "data.validation", "engine.kind", "engine.precision", "evaluation", "every", "first_stage.checkpoint", "imports",
+    "keep_every", "keep_last", "micro_batch", "name", "paths", "run_dir", "sampler", "tracker",
+)
+FROZEN = (
+    "autoencoder_loss", "conditioning", "data.task", "data.transform", "diffusion", "ema_half_lives", "experiment",
+    "first_stage", "seed", "unet",
+)
+# fmt: on
+
+
+def changes(run_dir: RunDir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys by dotted path whose value differs from the one that this run directory was started with: (before, now)."""
+    if not run_dir.config.exists():
+        return {}
+    before, now = _flat(storage.read_json(run_dir.config)), _flat(config)
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+
+
+def require_allowed(changed: dict[str, tuple[Any, Any]], *, amend: bool) -> None:
+    """Refuse a resume that would not be the same run.
+
+    raises  ValueError showing the difference and the way out
+    """
+    frozen = {key: pair for key, pair in changed.items() if _is_in(key, FROZEN) and not _is_in(key, FREE)}
+    if frozen:
+        raise ValueError(f"this run was started with {_shown(frozen)}. Start another: name=ANOTHER_NAME")
+    amended = {key: pair for key, pair in changed.items() if not _is_in(key, FREE)}
+    if amended and not amend:
+        raise ValueError(f"this run was started with {_shown(amended)}. To go on with the new value: amend=true")
+
+
+def is_finished(run_dir: RunDir, total_images: int) -> bool:
+    """True where training already reached `total_images` and said so."""
+    if not Path(run_dir.status).exists():
+        return False
+    status = storage.read_json(run_dir.status)
+    return bool(status["state"] == "finished" and status["images"] >= total_images)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _is_in(key: str, names: tuple[str, ...]) -> bool:
+    """True for a key that is one of `names` or lies below one."""
+    parts = key.split(".")
+    return any(".".join(parts[:length]) in names for length in range(1, len(parts) + 1))
+
+
+def _shown(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key}={before!r} (now {now!r})" for key, (before, now) in changed.items())

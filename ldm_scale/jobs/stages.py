@@ -1,0 +1,236 @@
+"""The two trainings of the paper, each as the parts that the loop is given: model, batches, step, scores, pictures.
+
+Shape letters: N images in all, B images at once, C channels, H W height and width.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_scale.core import weights
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.tensors import to_uint8
+from ldm_scale.data.cache import require_match
+from ldm_scale.data.loader import ImageSource, LatentSource, OnBad
+from ldm_scale.first_stage.base import FirstStage, MomentsKind
+from ldm_scale.first_stage.loss import ReconstructionLoss, perceptual_network
+from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs import loading
+from ldm_scale.jobs.precompute import identity
+from ldm_scale.jobs.scores import GenerationScores, HeldOutImages, ReconstructionScores, reconstruct
+from ldm_scale.latent_diffusion.generate import Generator
+from ldm_scale.latent_diffusion.model import LatentDiffusion
+from ldm_scale.tracking.grid import labelled_grid
+from ldm_scale.tracking.tracker import Tracker
+from ldm_scale.training.engine import Engine
+from ldm_scale.training.steps import AutoencoderStep, DiffusionStep, Step
+from ldm_scale.training.throughput import training_flops
+from ldm_scale.training.validation import HeldOut
+
+
+class Stage(ABC):
+    """One training: what is trained, on which batches, how it is scored and shown."""
+
+    module: nn.Module
+    """What the engine trains."""
+    source: ImageSource | LatentSource
+    """Where batches come from."""
+    order_id: str
+    """Which samples the positions of the stream mean."""
+
+    @abstractmethod
+    def step(self, engine: Engine) -> Step[Any]:
+        """What the loop calls for each micro batch."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Scores of `module` as it is now, on held-out images."""
+
+    @abstractmethod
+    def show(self, images_seen: int, tracker: Tracker) -> None:
+        """Pictures of `module` as it is now."""
+
+    @abstractmethod
+    def baseline(self) -> dict[str, float]:
+        """Scores that training cannot change, logged once."""
+
+    @abstractmethod
+    def flops_per_image(self) -> float:
+        """Operations to train on one image."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must carry besides weights and images seen."""
+        return {"order_id": self.order_id, "order": self.source.order.state()}
+
+    def require_same_stream(self, state: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint whose stream of samples was another one.
+
+        raises  ValueError naming both sides
+        """
+        if state["order_id"] != self.order_id:
+            raise ValueError(
+                f"the checkpoint read samples {state['order_id'][:12]}, this run has {self.order_id[:12]}: shards or "
+                "keys were added, removed or renamed. Restore them, or start another run: name=ANOTHER_NAME"
+            )
+        self.source.order.require_same(state["order"])
+
+    @abstractmethod
+    def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
+        """Write the final weights where other jobs look for them."""
+
+
+class AutoencoderStage(Stage):
+    """First stage: images to latents and back."""
+
+    def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
+        self._job = job
+        shards = job.data.open_images()
+        self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
+        self.order_id = shards.order_id
+        self.source = ImageSource(
+            shards,
+            job.data.order_of(shards.n, job.seed),
+            job.data.transform.build(),
+            job.seed,
+            task=job.data.task,
+            threads=job.data.threads,
+            max_bad_share=job.data.max_bad_share,
+            on_bad=on_bad,
+        )
+        self.module: FirstStage = job.first_stage.build()
+        perceptual = perceptual_network(job.autoencoder_loss, job.paths.weights)
+        self._loss = ReconstructionLoss(job.autoencoder_loss, None if perceptual is None else perceptual.to(device))
+        self._scores = ReconstructionScores(job.evaluation, job.paths, self._held_out)
+
+    def step(self, engine: Engine) -> Step[Any]:
+        shape = self._job.first_stage.latent_shape(self._job.data.transform.size)
+        return AutoencoderStep(engine, loss=self._loss, latent_shape=shape, seed=self._job.seed)
+
+    def evaluate(self) -> dict[str, float]:
+        return self._scores(self.module)
+
+    def show(self, images_seen: int, tracker: Tracker) -> None:
+        """Originals above their reconstructions."""
+        images_BCHW = self._held_out.images_NCHW[: self._job.evaluation.grid // 2]
+        pair = to_uint8(torch.cat((images_BCHW, reconstruct(self.module, images_BCHW)))).permute(0, 2, 3, 1).numpy()
+        labels = ["original"] * len(images_BCHW) + ["reconstruction"] * len(images_BCHW)
+        grid = labelled_grid(pair, labels, columns=len(images_BCHW), title=f"after {images_seen:,} images")
+        tracker.images(images_seen, "samples/reconstructions", grid, "held-out images above their reconstructions")
+
+    def baseline(self) -> dict[str, float]:
+        return {}
+
+    def flops_per_image(self) -> float:
+        size = self._job.data.transform.size
+        with torch.device("meta"):
+            network = self._job.first_stage.build()
+            images, noise = torch.empty(1, 3, size, size), torch.empty(1, *self._job.first_stage.latent_shape(size))
+        return training_flops(lambda: network(images, noise), images=1)
+
+    def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
+        weights.save(run_dir.weights, {"first_stage": jobs_config.to_plain(self._job.first_stage)}, tensors)
+
+
+class DiffusionStage(Stage):
+    """Second stage: a diffusion model on cached latents of a frozen first stage."""
+
+    def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
+        self._job = job
+        cache = job.data.open_latents()
+        loading.first_stage_weights(job.first_stage)
+        self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
+        self._first_stage = loading.first_stage(job.first_stage).to(device)
+        wanted = identity(job, self._first_stage)
+        require_match(
+            cache.manifest, wanted.fingerprint, wanted_first_stage=wanted.first_stage["sha256"], where=cache.folder
+        )
+        self._moments = MomentsKind(cache.manifest.kind)
+        self._latent_scale = job.first_stage.scale or 1 / cache.manifest.latent_std
+        self.module: LatentDiffusion = job.latent_diffusion.build()
+        conditioner = self.module.conditioner
+        self.order_id = cache.order_id
+        self.source = LatentSource(
+            cache,
+            job.data.order_of(cache.n, job.seed),
+            conditioner.prepare if conditioner is not None else None,
+            max_bad_share=job.data.max_bad_share,
+            on_bad=on_bad,
+        )
+        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out)
+        self._validation = self._encode_held_out(device)
+
+    def step(self, engine: Engine) -> Step[Any]:
+        return DiffusionStep(
+            engine,
+            conditioner=self.module.conditioner,
+            moments=self._moments,
+            latent_scale=self._latent_scale,
+            timesteps=self.module.schedule.steps,
+            seed=self._job.seed,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        return {**self._validation.loss(self.module), **self._scores(self._generator())}
+
+    def show(self, images_seen: int, tracker: Tracker) -> None:
+        """Held-out captions, always the same ones from the same noise."""
+        captions = self._held_out.captions[: self._job.evaluation.grid]
+        images_BCHW = torch.cat(
+            [part.cpu() for part in self._generator().batches(captions, self._job.evaluation.batch)]
+        )
+        pictures = to_uint8(images_BCHW).permute(0, 2, 3, 1).numpy()
+        columns = max(1, round(len(captions) ** 0.5))
+        grid = labelled_grid(pictures, captions, columns=columns, title=f"after {images_seen:,} images")
+        tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights")
+
+    def baseline(self) -> dict[str, float]:
+        return self._scores.real()
+
+    def flops_per_image(self) -> float:
+        with torch.device("meta"):
+            model = self._job.latent_diffusion.build()
+            z, t = torch.empty(1, *self._latent_shape), torch.zeros(1, dtype=torch.int64)
+            inputs = (
+                None
+                if self._validation.inputs is None
+                else torch.empty_like(self._validation.inputs[:1], device="meta")
+            )
+        return training_flops(lambda: model.network(z, t, **model.conditions(inputs)), images=1)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **Stage.state(self),
+            "latent_scale": self._latent_scale,
+            "first_stage_sha256": self._first_stage.digest(),
+        }
+
+    def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
+        plain = jobs_config.to_plain(self._job.latent_diffusion)
+        weights.save(run_dir.weights, {"latent_diffusion": plain, "latent_scale": self._latent_scale}, tensors)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return self._job.first_stage.latent_shape(self._job.data.transform.size)
+
+    def _generator(self) -> Generator:
+        return Generator(
+            model=self.module,
+            first_stage=self._first_stage,
+            latent_scale=self._latent_scale,
+            sampler=self._job.sampler,
+            size=self._job.data.transform.size,
+            seed=self._job.seed,
+        )
+
+    @torch.no_grad()
+    def _encode_held_out(self, device: torch.device) -> HeldOut:
+        """Held-out latents (posterior means, scaled) for the validation loss."""
+        conditioner, batch = self.module.conditioner, self._job.evaluation.batch
+        parts = [
+            self._first_stage.encode(images_BCHW.to(device)).mean
+            for images_BCHW in self._held_out.images_NCHW.split(batch)
+        ]
+        inputs = None if conditioner is None else conditioner.prepare(self._held_out.captions).to(device)
+        return HeldOut(torch.cat(parts) * self._latent_scale, inputs, self._job.seed, batch)

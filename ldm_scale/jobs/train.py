@@ -1,0 +1,172 @@
+"""Train a first stage or a diffusion model: from a job to a run directory. `train.py` starts this."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_scale.core import runtime, storage
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.data.loader import Loader
+from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs import identity, summary
+from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
+from ldm_scale.tracking.report import write_report
+from ldm_scale.tracking.tracker import Silent, Tracker
+from ldm_scale.training.checkpoint import Checkpoints
+from ldm_scale.training.ema import EMA
+from ldm_scale.training.engine import Engine
+from ldm_scale.training.loop import Clock, Run, fit
+from ldm_scale.training.throughput import Meter, peak_flops
+
+log = runtime.logger(__name__)
+
+
+def run(job: jobs_config.TrainJob) -> None:
+    """Train to the end, or to the next preemption; called again, go on from the newest checkpoint.
+
+    exits  0 finished, 75 preempted, 1 failed; `status.json` in the run directory says the same
+    """
+    runtime.configure_logging()
+    run_dir = RunDir(Path(job.run_dir))
+    plain = jobs_config.to_plain(job)
+    changed = identity.changes(run_dir, plain)
+    identity.require_allowed(changed, amend=job.amend)
+    if identity.is_finished(run_dir, job.total_images):
+        log.info("%s is finished: nothing to train. A new run: name=ANOTHER_NAME", run_dir.path)
+        return
+    with _status_kept(run_dir):
+        _train(job, run_dir, plain, changed)
+
+
+def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: dict[str, Any]) -> None:
+    engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
+    torch.manual_seed(job.seed)
+    tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
+
+    def on_bad(key: str, reason: str, position: int) -> None:
+        tracker.event(position, "bad_sample", key=key, reason=reason)
+
+    kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
+    stage = kind(job, engine.device, on_bad)
+    engine.prepare(stage.module, job.optimizer)
+    ema = EMA(engine.masters, job.ema_half_lives)
+    damaged: list[str] = []
+    checkpoints = Checkpoints(
+        run_dir.checkpoints,
+        masters=engine.masters,
+        ema=ema,
+        module=engine.module,
+        keep_last=job.keep_last,
+        keep_every_images=job.keep_every,
+        on_damaged=lambda path, reason: damaged.append(f"{path.name}: {reason}"),
+    )
+    newest = checkpoints.latest()
+    state = checkpoints.load(newest) if newest is not None else None
+    images_seen = int(state["images_seen"]) if state is not None else 0
+    if state is not None:
+        stage.require_same_stream(state)
+    if runtime.is_main():
+        storage.write_json(run_dir.config, plain)
+        run_dir.write_status("running", images=images_seen)
+    tracker.start(plain, resume_at=images_seen)
+    tracker.event(
+        images_seen, "resume" if state is not None else "start", world=engine.world, changed=changed, damaged=damaged
+    )
+    if state is None:
+        tracker.log(0, stage.baseline())
+    under_way = _assemble(job, engine, stage, ema, checkpoints, tracker, images_seen)
+    log.info("training %s: %s", run_dir.path, _in_words(job, engine, stage, images_seen))
+    outcome = fit(under_way)
+    _close(job, run_dir, stage, ema, under_way, outcome)
+
+
+def _assemble(
+    job: jobs_config.TrainJob,
+    engine: Engine,
+    stage: Stage,
+    ema: EMA,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+    images_seen: int,
+) -> Run:
+    return Run(
+        engine=engine,
+        step=stage.step(engine),
+        loader=Loader(
+            stage.source,
+            global_batch=engine.global_batch,
+            micro_batch=engine.micro_batch,
+            rank=engine.rank,
+            world=engine.world,
+            device=engine.device,
+        ),
+        learning_rate=lambda images: job.optimizer.learning_rate_at(images, job.total_images),
+        ema=ema,
+        checkpoints=checkpoints,
+        tracker=tracker,
+        meter=Meter(
+            flops_per_image=stage.flops_per_image(),
+            peak=peak_flops(engine.device, engine.compute_dtype),
+            world=engine.world,
+        ),
+        preemption=runtime.Preemption(),
+        averaged=lambda: ema.swapped(job.ema_half_lives[0]),
+        evaluate=stage.evaluate,
+        show=lambda images: stage.show(images, tracker),
+        state=stage.state(),
+        global_batch=engine.global_batch,
+        total_images=job.total_images,
+        log_clock=Clock(job.every.log),
+        sample_clock=Clock(job.every.sample),
+        evaluate_clock=Clock(job.every.evaluate),
+        save_clock=Clock(job.every.save),
+        images_seen=images_seen,
+    )
+
+
+def _close(job: jobs_config.TrainJob, run_dir: RunDir, stage: Stage, ema: EMA, under_way: Run, outcome: str) -> None:
+    """Publish weights, close the tracker, write the report, say where things are."""
+    averaged = ema.consolidated(job.ema_half_lives[0]) if outcome == "finished" else None
+    if averaged is not None:
+        buffers = {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
+        stage.publish({**averaged, **buffers}, run_dir)
+    under_way.tracker.event(under_way.images_seen, outcome)
+    under_way.tracker.finish("finished" if outcome == "finished" else "preempted")
+    if runtime.is_main():
+        run_dir.write_status("finished" if outcome == "finished" else "preempted", images=under_way.images_seen)
+        write_report(run_dir)
+        summary.closing(run_dir)
+    runtime.leave()
+    if outcome == "preempted":
+        sys.exit(runtime.PREEMPTED_EXIT_CODE)
+
+
+@contextlib.contextmanager
+def _status_kept(run_dir: RunDir) -> Iterator[None]:
+    """Write `failed` and the reason where training ends by an error."""
+    try:
+        yield
+    except Exception as error:
+        if runtime.is_main() and run_dir.path.exists():
+            reason = "".join(traceback.format_exception_only(error)).strip()
+            run_dir.write_status("failed", images=_images(run_dir), reason=reason)
+        raise
+
+
+def _images(run_dir: RunDir) -> int:
+    lines = run_dir.read_lines(run_dir.metrics)
+    return int(lines[-1]["images_seen"]) if lines else 0
+
+
+def _in_words(job: jobs_config.TrainJob, engine: Engine, stage: Stage, images_seen: int) -> str:
+    parameters = sum(parameter.numel() for parameter in stage.module.parameters())
+    start = f"from image {images_seen:,}" if images_seen else "from scratch"
+    return (
+        f"{parameters:,} parameters, {engine.kind.value} {engine.precision.value} on {engine.world} process(es), "
+        f"batch {engine.global_batch} = {engine.micro_batch} x {engine.world} x {engine.accumulation}, {start}"
+    )

@@ -1,0 +1,93 @@
+"""The latent diffusion model: a U-Net and its conditioner, trained as one (Rombach et al. 2022, equation 3).
+
+Knows latents, not pixels: the first stage stays outside, frozen, without gradients or optimizer state.
+
+Shape letters: B batch, C channels, H W latent height and width, L context tokens, D context width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm_scale.conditioning.base import Conditioner, ConditionerConfig
+from ldm_scale.diffusion.objective import ObjectiveConfig
+from ldm_scale.diffusion.schedule import ScheduleConfig
+from ldm_scale.nn.unet import UNetConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class DiffusionConfig:
+    """The forward process, and what the network is asked for."""
+
+    schedule: ScheduleConfig
+    """How noise grows with the timestep."""
+    objective: ObjectiveConfig
+    """What the network predicts, and how its error is measured."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LatentDiffusionConfig:
+    """Everything that makes a second stage; what a checkpoint must agree with."""
+
+    unet: UNetConfig
+    """The denoiser."""
+    conditioning: ConditionerConfig | None
+    """What the denoiser is told besides the noisy latent; None for an unconditional model."""
+    diffusion: DiffusionConfig
+    """Schedule and objective."""
+
+    def build(self) -> "LatentDiffusion":
+        """Make the model with fresh weights, on torch's current default device."""
+        conditioner = self.conditioning.build() if self.conditioning is not None else None
+        return LatentDiffusion(self, conditioner)
+
+
+class LatentDiffusion(nn.Module):
+    """U-Net and conditioner; `forward` is the loss, so that whatever wraps the module wraps the training step."""
+
+    def __init__(self, config: LatentDiffusionConfig, conditioner: Conditioner | None) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = config.diffusion.schedule.build()
+        self.objective = config.diffusion.objective.build()
+        self.unet = config.unet.build()
+        self.conditioner = conditioner
+
+    def conditions(self, inputs: Tensor | None) -> dict[str, Tensor]:
+        """What the U-Net is told besides the latent, by the name of `network`'s argument; empty for an unconditional model.
+
+        inputs  the conditioner's inputs for each sample, (B, ...)
+        """
+        if self.conditioner is None:
+            return {}
+        told = self.conditioner(inputs)
+        named = {"context_BLD": told.context, "concat_BCHW": told.concat, "vector_BE": told.vector}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def network(
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        *,
+        context_BLD: Tensor | None = None,
+        concat_BCHW: Tensor | None = None,
+        vector_BE: Tensor | None = None,
+    ) -> Tensor:
+        """What the U-Net says of noisy latents, (B, C, H, W)."""
+        if concat_BCHW is not None:
+            z_BCHW = torch.cat((z_BCHW, concat_BCHW), dim=1)
+        return self.unet(z_BCHW, t_B, context_BLD, vector_BE)
+
+    def forward(self, z_0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, inputs: Tensor | None) -> Tensor:
+        """The loss of each sample, (B,), float32.
+
+        z_0_BCHW    clean latents, scaled to unit variance
+        noise_BCHW  standard normal noise
+        t_B         int64 timesteps, 0 .. schedule.steps - 1
+        inputs      the conditioner's inputs, already replaced by its null inputs where guidance wants them dropped
+        """
+        alpha, sigma = self.schedule.levels(t_B, z_0_BCHW)
+        z_t_BCHW = alpha * z_0_BCHW + sigma * noise_BCHW
+        out_BCHW = self.network(z_t_BCHW, t_B, **self.conditions(inputs))
+        return self.objective.per_sample_loss(out_BCHW, self.objective.target(z_0_BCHW, noise_BCHW, alpha, sigma))

@@ -1,0 +1,207 @@
+"""Where a training sends its numbers, pictures and events.
+
+The loop knows one protocol; what stands behind it is files, W&B, several at once, or nothing. Only rank 0 has anything
+but `Silent`, so a tracker knows neither rank nor world. Progress is counted in images seen.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir, State
+from ldm_scale.tracking.weights_and_biases import Wandb
+
+CAPTION_KEY = "caption"  # PNG text chunk that holds a picture's caption
+
+
+class Tracker(Protocol):
+    """What the training loop may say. `images_seen` never falls between two calls."""
+
+    def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
+        """Begin, or go on from a checkpoint.
+
+        config     the resolved configuration, of plain JSON types
+        resume_at  images seen by the checkpoint this process continues from; 0 begins anew, and forgets what an earlier
+                   process had tracked in this run directory
+        """
+
+    def log(self, images_seen: int, values: Mapping[str, float]) -> None:
+        """Record named numbers; a name is recorded once per `images_seen`."""
+
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
+        """Record one picture, uint8 (H, W, 3), under a name such as `samples/grid`."""
+
+    def event(self, images_seen: int, kind: str, **fields: Any) -> None:
+        """Record something that happened (`resume`, `evaluation`, `alert`), with fields of plain JSON types."""
+
+    def finish(self, state: State) -> None:
+        """Close: nothing may be recorded afterwards."""
+
+
+class Silent:
+    """Tracks nothing: for every rank but 0."""
+
+    def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None: ...
+
+    def log(self, images_seen: int, values: Mapping[str, float]) -> None: ...
+
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None: ...
+
+    def event(self, images_seen: int, kind: str, **fields: Any) -> None: ...
+
+    def finish(self, state: State) -> None: ...
+
+
+class JsonLines:
+    """`metrics.jsonl`, `events.jsonl` and `media/` of the run directory: the truth, of which all else is a view.
+
+    A line has left this process when `log` returns, so a kill costs at most the line being written. What a killed
+    process recorded after the checkpoint that is resumed from will be recorded again: `start` takes those metrics and
+    pictures away, and the files end up as if nothing had been interrupted. Events are history and stay, but for a torn
+    last line. JSON has no word for a number that is not finite: among metrics it is null, in an event a string.
+    """
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+
+    def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
+        self._run_dir.path.mkdir(parents=True, exist_ok=True)
+        kept_up_to = resume_at if resume_at > 0 else -1
+        _rewrite_lines(self._run_dir, self._run_dir.metrics, keep_up_to=kept_up_to)
+        _rewrite_lines(self._run_dir, self._run_dir.events, keep_up_to=None)
+        for picture in self._run_dir.media.glob("*/*.png"):
+            if int(picture.stem) > kept_up_to:
+                picture.unlink()
+
+    def log(self, images_seen: int, values: Mapping[str, float]) -> None:
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        _append(self._run_dir.metrics, {"images_seen": images_seen, "time": time.time(), **finite})
+
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
+        text = PngInfo()
+        text.add_itxt(CAPTION_KEY, caption)
+        with storage.atomic_write(media_file(self._run_dir, name, images_seen)) as file:
+            Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
+
+    def event(self, images_seen: int, kind: str, **fields: Any) -> None:
+        _append(self._run_dir.events, {"time": time.time(), "images_seen": images_seen, "event": kind, **fields})
+
+    def finish(self, state: State) -> None: ...
+
+
+class Several:
+    """Tells several trackers the same, in their order."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
+        for tracker in self._trackers:
+            tracker.start(config, resume_at=resume_at)
+
+    def log(self, images_seen: int, values: Mapping[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(images_seen, values)
+
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
+        for tracker in self._trackers:
+            tracker.images(images_seen, name, grid, caption)
+
+    def event(self, images_seen: int, kind: str, **fields: Any) -> None:
+        for tracker in self._trackers:
+            tracker.event(images_seen, kind, **fields)
+
+    def finish(self, state: State) -> None:
+        for tracker in self._trackers:
+            tracker.finish(state)
+
+
+class WandbMode(Enum):
+    """Whether W&B may use the network."""
+
+    auto = "auto"
+    """Online where a key is configured and the server answers, else offline."""
+    offline = "offline"
+    """Files only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig:
+    """Where numbers and pictures go besides the run directory, which always has them."""
+
+    wandb: bool = True
+    """Also feed W&B. Without an account it writes files that `wandb leet` shows and `wandb sync` uploads later."""
+    mode: WandbMode = WandbMode.auto
+    """Whether W&B may use the network."""
+    project: str = "ldm_scale"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; None takes the account's default."""
+    group: str | None = None
+    """W&B group, to see runs of one study together."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+
+    def __post_init__(self) -> None:
+        if not self.project or any(c in self.project for c in "/\\#?%:"):
+            raise ValueError(f"tracker.project={self.project!r}; give a name without any of / \\ # ? % :")
+
+    def build(self, run_dir: RunDir) -> Tracker:
+        """The tracker of rank 0."""
+        files = JsonLines(run_dir)
+        if not self.wandb:
+            return files
+        view = Wandb(
+            run_dir,
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            tags=self.tags,
+            offline=self.mode is WandbMode.offline,
+        )
+        return Several([files, view])
+
+
+def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:
+    """The picture that was recorded under `name` at `images_seen`."""
+    return run_dir.media / name.replace("/", "__") / f"{images_seen:012d}.png"
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "ab") as file:
+        file.write(_json_line(line))
+
+
+def _json_line(line: dict[str, Any]) -> bytes:
+    return json.dumps(strict_json(line), ensure_ascii=False).encode() + b"\n"
+
+
+def strict_json(value: Any) -> Any:
+    """`value` with the numbers that JSON has no word for spelled out: "nan", "inf", "-inf"."""
+    if isinstance(value, dict):
+        return {name: strict_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rewrite_lines(run_dir: RunDir, path: Path, *, keep_up_to: int | None) -> None:
+    """Leave only complete lines, and of those the ones up to `keep_up_to` images; whole or not at all."""
+    if not path.exists():
+        return
+    lines = run_dir.read_lines(path)
+    kept = [line for line in lines if keep_up_to is None or line["images_seen"] <= keep_up_to]
+    torn = path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    if torn or len(kept) < len(lines):
+        with storage.atomic_write(path) as file:
+            file.writelines(_json_line(line) for line in kept)

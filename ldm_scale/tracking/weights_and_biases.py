@@ -1,0 +1,244 @@
+"""The run as Weights & Biases shows it: a view of the run directory, fed by rank 0, that never ends a training.
+
+One W&B run per training, under an id made once and kept in the run directory. Facts it rests on, tried with wandb 0.31:
+
+- Resumed offline, wandb begins a second folder at step 0 and knows nothing of the first. So rows are numbered here, on
+  through every process of the training, and `wandb sync` joins the folders without a collision.
+- wandb cannot take a row back. So what was sent is remembered by name, in a file that is written before sending; a
+  process that repeats work after its checkpoint sends nothing twice.
+- An offline run reaches the disk every 15 s. SIGKILL therefore costs this view (not metrics.jsonl) the last seconds.
+- With a key and no network `wandb.init` blocks for 100 s, then raises. So the server is asked first, with a time limit.
+"""
+
+import json
+import logging
+import netrc
+import os
+import secrets
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir, State
+from ldm_scale.core.runtime import PREEMPTED_EXIT_CODE
+
+if TYPE_CHECKING:
+    import wandb
+
+_LOG = logging.getLogger(__name__)
+_CONNECT_S = 4.0  # a server that has not accepted a connection by then counts as unreachable
+_INIT_S = 8.0  # and one that accepted but has not answered by then too; together under 15 s
+_FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
+_EXIT_CODES: dict[State, int] = {"finished": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1, "running": 1}
+
+
+class Wandb:
+    """Feeds one W&B run. A failure of W&B is a warning, after which this training goes on without it."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        project: str,
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        offline: bool = False,
+    ) -> None:
+        self._run_dir = run_dir
+        self._project, self._entity, self._group, self._tags = project, entity, group, list(tags)
+        self._offline = offline
+        self._run: wandb.Run | None = None
+        self._sent = _Sent(run_dir.wandb / "sent.json")
+
+    def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
+        """Open the run, and send what metrics.jsonl has up to `resume_at` and W&B was never sent."""
+        self._try(lambda: self._open(config))
+        for line in self._run_dir.read_lines(self._run_dir.metrics) if resume_at > 0 else []:
+            if line["images_seen"] <= resume_at:
+                values = {name: value for name, value in line.items() if name not in ("images_seen", "time")}
+                self.log(line["images_seen"], {name: value for name, value in values.items() if value is not None})
+
+    def log(self, images_seen: int, values: Mapping[str, float]) -> None:
+        self._send(images_seen, dict(values))
+
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
+        """Show a picture; names without a folder go under `samples/`."""
+        import wandb
+
+        shown = name if "/" in name else f"samples/{name}"
+        self._try(lambda: self._send(images_seen, {shown: wandb.Image(grid, caption=caption, file_type="png")}))
+
+    def event(self, images_seen: int, kind: str, **fields: Any) -> None:
+        """Mark the moment; events.jsonl has the fields."""
+        self._send(images_seen, {f"events/{kind}": 1})
+
+    def finish(self, state: State) -> None:
+        def close() -> None:
+            if self._run is not None:
+                if state == "preempted":
+                    self._run.mark_preempting()
+                self._run.finish(exit_code=_EXIT_CODES[state])
+
+        self._try(close)
+        self._run = None
+
+    def _open(self, config: dict[str, Any]) -> None:
+        import wandb
+
+        settings = wandb.setup().settings
+        if settings.mode == "disabled":  # WANDB_MODE
+            return
+        self._run_dir.wandb.mkdir(parents=True, exist_ok=True)
+        online = not self._offline and self._may_go_online(settings)
+        try:
+            self._run = self._init("online" if online else "offline", config)
+        except Exception as error:
+            if not online:
+                raise
+            _LOG.warning("W&B did not answer (%s); this run is recorded offline", error)
+            wandb.teardown()  # its service still holds the run id
+            self._run = self._init("offline", config)
+        self._run.define_metric("train/images_seen", hidden=True)
+        self._run.define_metric("*", step_metric="train/images_seen")
+        _LOG.info("W&B: %s", f"offline in {self._run_dir.wandb}" if self._run.offline else self._run.url)
+
+    def _init(self, mode: Literal["online", "offline"], config: dict[str, Any]) -> "wandb.Run":
+        import wandb
+
+        settings = wandb.Settings(
+            mode=mode,
+            init_timeout=_INIT_S,
+            finish_timeout=_FINISH_S,
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            disable_job_creation=True,
+        )
+        return wandb.init(
+            id=run_id(self._run_dir),
+            name="/".join(self._run_dir.path.absolute().parts[-2:]),
+            resume="allow",
+            reinit="create_new",
+            dir=self._run_dir.path,
+            config=config,
+            settings=settings,
+            project=self._project,
+            entity=self._entity,
+            group=self._group,
+            tags=self._tags,
+        )
+
+    def _may_go_online(self, settings: "wandb.Settings") -> bool:
+        """Whether the user's settings allow it, a key is configured and the server accepts connections."""
+        if settings.mode != "online" or not _has_key(settings):
+            return False
+        if _reachable(settings.base_url, _CONNECT_S):
+            return True
+        _LOG.warning("W&B at %s is unreachable; this run is recorded offline", settings.base_url)
+        return False
+
+    def _send(self, images_seen: int, values: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        fresh = {name: value for name, value in values.items() if self._sent.is_new(name, images_seen)}
+        if not fresh:
+            return
+        run = self._run
+        self._try(
+            lambda: run.log(
+                {**fresh, "train/images_seen": images_seen}, step=self._sent.note(fresh, images_seen), commit=True
+            )
+        )
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._run = None
+            _LOG.warning("W&B stopped (%s: %s); the run goes on in %s", type(error).__name__, error, self._run_dir.path)
+
+
+class _Sent:
+    """What W&B was sent: for each name the most images seen, and how many rows in all. Survives the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows, self._high_water = 0, dict[str, int]()
+        if path.exists():
+            held = storage.read_json(path)
+            self._rows, self._high_water = held["rows"], held["images_seen"]
+
+    def is_new(self, name: str, images_seen: int) -> bool:
+        return images_seen > self._high_water.get(name, -1)
+
+    def note(self, names: Mapping[str, Any], images_seen: int) -> int:
+        """Remember a row before it is sent; returns its number."""
+        row, self._rows = self._rows, self._rows + 1
+        self._high_water.update(dict.fromkeys(names, images_seen))
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"rows": self._rows, "images_seen": self._high_water}))
+        os.replace(temporary, self._path)
+        return row
+
+
+def run_id(run_dir: RunDir) -> str:
+    """The W&B id of this training: made on the first call, the same ever after."""
+    path = run_dir.path / "wandb_id"
+    if not path.exists():
+        with storage.atomic_write(path) as file:
+            file.write(secrets.token_hex(4).encode() + b"\n")
+    return path.read_text().strip()
+
+
+def closing_hint(run_dir: RunDir) -> str:
+    """Commands that show what W&B wrote into the run directory, and that upload it; empty when it wrote nothing."""
+    offline = sorted(run_dir.wandb.glob("offline-run-*"))
+    if not offline:
+        return ""
+    return (
+        f"look at it in the terminal:  wandb leet {run_dir.wandb}\n"
+        f"print its last values:       wandb leet inspect --summary {offline[-1]}\n"
+        f"upload it, with an account:  wandb sync {' '.join(map(str, offline))}"
+    )
+
+
+def _has_key(settings: "wandb.Settings") -> bool:
+    """A key in the environment, a settings file, or ~/.netrc, as wandb itself would find it."""
+    if settings.api_key or settings.identity_token_file:
+        return True
+    hosts = {urlsplit(settings.base_url).netloc, "api.wandb.ai"}
+    places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    files = [Path(place).expanduser() for place in places if place]
+    try:
+        held = next((netrc.netrc(file) for file in files if file.exists()), None)
+    except (netrc.NetrcParseError, OSError):
+        return False
+    return held is not None and any(held.authenticators(host) for host in hosts)
+
+
+def _reachable(url: str, limit_s: float) -> bool:
+    """Whether the host of `url`, or the proxy on the way to it, accepts a connection within `limit_s` seconds."""
+    target = urlsplit(urllib.request.getproxies().get(urlsplit(url).scheme, url))
+    port = target.port or (80 if target.scheme == "http" else 443)
+    connected = threading.Event()
+
+    def connect() -> None:
+        try:
+            with socket.create_connection((target.hostname, port), timeout=limit_s):
+                connected.set()
+        except OSError:
+            return
+
+    thread = threading.Thread(target=connect, daemon=True)  # name resolution has no time limit of its own
+    thread.start()
+    thread.join(limit_s)
+    return connected.is_set()

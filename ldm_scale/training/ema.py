@@ -1,0 +1,101 @@
+"""Exponential moving averages of the float32 masters, several half-lives at once, in images.
+
+Shadows lie beside the masters of each rank (whole under DDP, partitions under ZeRO), so an update needs no
+communication. Knows no engine, no file and no schedule.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm_scale.training.masters import Masters
+
+RAMP = 0.05
+
+
+class EMA:
+    """Averages that forget half of the past every `half_life` images.
+
+    Early in a run the average must not cling to the random initial weights: the half-life in force is
+    min(half_life, RAMP * images seen), as in the code of Karras et al. 2022 (EDM, `ema_rampup_ratio` 0.05).
+    """
+
+    def __init__(self, masters: Masters, half_lives: Sequence[int]) -> None:
+        """Start at the current weights.
+
+        half_lives  in images, each at least 1 and given once
+        """
+        if any(half_life < 1 for half_life in half_lives) or len(set(half_lives)) != len(half_lives):
+            raise ValueError(f"ema_half_lives={list(half_lives)}; each must be at least 1 image and given once")
+        self._masters = masters
+        self.shadows: dict[int, list[Tensor]] = {
+            half_life: [master.detach().clone() for master in masters.tensors] for half_life in half_lives
+        }
+        """Float32 tensors aligned with the masters, by half-life."""
+        assert all(t.dtype == torch.float32 for shadow in self.shadows.values() for t in shadow)
+
+    def reset(self) -> None:
+        """Start again at the current weights."""
+        with torch.no_grad():
+            for shadow in self.shadows.values():
+                torch._foreach_copy_(shadow, self._current())
+
+    @torch.no_grad()
+    def update(self, images: int, images_seen: int) -> None:
+        """Take one optimizer step's weights in.
+
+        images       images of that step
+        images_seen  images of the run, that step's included
+        """
+        for half_life, shadow in self.shadows.items():
+            torch._foreach_lerp_(shadow, self._current(), 1 - decay(half_life, images, images_seen))
+
+    @contextmanager
+    def swapped(self, half_life: int) -> Iterator[None]:
+        """The model has averaged weights inside, and exactly its own again afterwards. Collective."""
+        own = [master.detach().clone() for master in self._masters.tensors]
+        self._masters.push(self.shadows[half_life])
+        try:
+            yield
+        finally:
+            self._masters.push(own)
+
+    def consolidated(self, half_life: int) -> dict[str, Tensor] | None:
+        """Whole averaged tensors by parameter name, float32 on the CPU, on rank 0; None elsewhere. Collective."""
+        return self._masters.consolidated(self.shadows[half_life])
+
+    @torch.no_grad()
+    def distances(self) -> dict[int, Tensor]:
+        """|average - weights| / |weights| over the whole model by half-life, () on the device. Collective.
+
+        Zero for long means that an average is dead.
+        """
+        current = self._pieces(self._masters.tensors)
+        squares = [_square_sum(current)]
+        for shadow in self.shadows.values():
+            squares.append(_square_sum(list(torch._foreach_sub(self._pieces(shadow), current))))
+        sums = torch.stack(squares)
+        if not self._masters.replicated and dist.is_initialized():
+            dist.all_reduce(sums)
+        ratios = (sums[1:] / sums[0]).sqrt()
+        return dict(zip(self.shadows, ratios, strict=True))
+
+    def _current(self) -> list[Tensor]:
+        return [master.detach() for master in self._masters.tensors]
+
+    def _pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parameters only: the padding of a partition may hold anything."""
+        return [self._masters.read(tensors, piece) for piece in self._masters.pieces]
+
+
+def decay(half_life: int, images: int, images_seen: int) -> float:
+    """Weight of the old average in one update of `images` images, ramp included."""
+    return float(0.5 ** (images / min(half_life, RAMP * images_seen)))
+
+
+def _square_sum(tensors: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(tensors)
+    return torch.stack(norms).square().sum() if norms else torch.zeros(())

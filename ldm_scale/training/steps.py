@@ -1,0 +1,119 @@
+"""One micro batch: from what was read to gradients, and at the end of a global batch to new weights.
+
+Every random number is drawn per position of the data stream (core/rng.py), so engines, world sizes and micro batches give
+the same losses.
+
+Shape letters: B batch, C channels, H W height and width.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ldm_scale.conditioning.base import Conditioner
+from ldm_scale.core import rng
+from ldm_scale.data.loader import ImageBatch, LatentBatch
+from ldm_scale.first_stage.base import Moments, MomentsKind
+from ldm_scale.first_stage.loss import ReconstructionLoss
+from ldm_scale.training.engine import Engine
+
+Batch = TypeVar("Batch", contravariant=True)
+Metrics = Mapping[str, Tensor]
+
+
+class Step(Protocol[Batch]):
+    """What the loop calls for each micro batch."""
+
+    def __call__(self, batch: Batch, learning_rate: float) -> Metrics:
+        """Forward and backward of one micro batch; at a boundary also the optimizer. Nothing waits for the device.
+
+        returns  means over the micro batches of this rank so far in this global batch, as device scalars
+        """
+        ...
+
+
+class DiffusionStep:
+    """Cached moments to the denoising loss (Rombach et al. 2022, equation 3), with condition dropout for guidance."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        conditioner: Conditioner | None,
+        moments: MomentsKind,
+        latent_scale: float,
+        timesteps: int,
+        seed: int,
+    ) -> None:
+        self._engine, self._conditioner, self._seed = engine, conditioner, seed
+        self._moments, self._latent_scale, self._timesteps = moments, latent_scale, timesteps
+        self._mean = _Mean(engine)
+
+    def __call__(self, batch: LatentBatch, learning_rate: float) -> Metrics:
+        positions_B = batch.positions.to(self._engine.device, non_blocking=True)
+        z_0_BCHW = self._latents(batch, positions_B)
+        noise_BCHW = rng.normal(self._seed, "diffusion/noise", positions_B, tuple(z_0_BCHW.shape[1:]))
+        t_B = rng.integers(self._seed, "diffusion/timestep", positions_B, self._timesteps)
+        with self._engine.accumulate():
+            loss = self._engine.model(z_0_BCHW, noise_BCHW, t_B, self._inputs(batch, positions_B)).mean()
+            self._engine.backward(loss)
+            grad_norm = self._engine.step(learning_rate)
+        return {**self._mean({"train/loss": loss}), "train/grad_norm": grad_norm}
+
+    def _latents(self, batch: LatentBatch, positions_B: Tensor) -> Tensor:
+        """A draw from each posterior, scaled to unit variance, (B, C, H, W) float32."""
+        moments = Moments.unpack(batch.moments.to(self._engine.device, non_blocking=True), self._moments)
+        noise_BCHW = rng.normal(self._seed, "diffusion/posterior", positions_B, tuple(moments.mean.shape[1:]))
+        return moments.sample(noise_BCHW) * self._latent_scale
+
+    def _inputs(self, batch: LatentBatch, positions_B: Tensor) -> Tensor | None:
+        """The conditioner's inputs, some replaced by its null inputs."""
+        if self._conditioner is None or batch.inputs is None:
+            return None
+        drop_B = rng.uniform(self._seed, "diffusion/dropout", positions_B) < self._conditioner.dropout
+        return self._conditioner.dropped(batch.inputs.to(self._engine.device, non_blocking=True), drop_B)
+
+
+class AutoencoderStep:
+    """Images to the loss of a first stage (Rombach et al. 2022, section 3.1 and appendix G)."""
+
+    def __init__(
+        self, engine: Engine, *, loss: ReconstructionLoss, latent_shape: tuple[int, int, int], seed: int
+    ) -> None:
+        self._engine, self._loss, self._latent_shape, self._seed = engine, loss, latent_shape, seed
+        self._mean = _Mean(engine)
+
+    def __call__(self, batch: ImageBatch, learning_rate: float) -> Metrics:
+        positions_B = batch.positions.to(self._engine.device, non_blocking=True)
+        images_BCHW = batch.images.to(self._engine.device, non_blocking=True)
+        noise_BCHW = rng.normal(self._seed, "autoencoder/posterior", positions_B, self._latent_shape)
+        with self._engine.accumulate():
+            rebuilt_BCHW, moments = self._engine.model(images_BCHW, noise_BCHW)
+            terms = self._loss(images_BCHW, rebuilt_BCHW, moments)
+            self._engine.backward(terms.total.mean())
+            grad_norm = self._engine.step(learning_rate)
+        means = {
+            "train/loss": terms.total.mean(),
+            "train/l1": terms.l1.mean(),
+            "train/perceptual": terms.perceptual.mean(),
+            "train/kl": terms.kl.mean(),
+        }
+        return {**self._mean(means), "train/grad_norm": grad_norm}
+
+
+class _Mean:
+    """Means over the micro batches of one global batch."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def __call__(self, values: Metrics) -> dict[str, Tensor]:
+        self._count += 1
+        self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in values.items()}
+        means = {name: total / self._count for name, total in self._sums.items()}
+        if self._engine.at_boundary:
+            self._sums, self._count = {}, 0
+        return means

@@ -1,0 +1,6 @@
+"""Draw captions with a trained model: `python sample.py run_dir=RUN 'prompts=[a red circle]'`."""
+
+from ldm_scale.jobs import config, sample
+
+if __name__ == "__main__":
+    config.main("sample", sample.run)

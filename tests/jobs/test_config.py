@@ -1,0 +1,209 @@
+"""Configuration: unknown keys refused on every road, the order of defaults, parts from outside the tree, every experiment."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm_scale.jobs import config
+
+ROOT = config.CONF.parent
+EXPERIMENTS = sorted(file.stem for file in (config.CONF / "experiment").glob("*.yaml"))
+TOY = ["+experiment=txt2img_laion", "scale=toy"]
+
+PARAMETERS = {  # facts.md 2.1 and 2.3; the text transformer without the reference's unused output head
+    "txt2img_laion": {"unet": 872_300_484, "conditioning": 542_895_360, "first_stage": 83_653_863},
+    "autoencoder_kl_f4": {"first_stage": 55_312_063},
+}
+
+
+def refusal(overrides: list[str], job: str = "train") -> str:
+    """What a user reads when this configuration is refused."""
+    with pytest.raises((hydra.errors.HydraException, OmegaConfBaseException, config.BadConfig)) as caught:
+        config.compose(job, overrides)
+    return str(caught.value) if isinstance(caught.value, config.BadConfig) else config.explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimiser.learning_rate=3", "did you mean optimizer"),
+        ("global_bacth=3", "did you mean global_batch"),
+        ("+global_bacth=3", "did you mean global_batch"),
+        ("unet.model_chanels=3", "did you mean model_channels"),
+        ("+unet.model_chanels=3", "did you mean model_channels"),
+        ("+data.transform.sise=3", "did you mean size"),
+    ],
+)
+def test_an_unknown_key_is_refused_on_the_command_line(override: str, said: str) -> None:
+    message = refusal([*TOY, override])
+    assert "unknown key" in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("unet/mine.yaml", "defaults: [unet_schema]\nmodel_chanels: 64\n", "model_chanels"),
+        ("experiment/mine.yaml", "# @package _global_\nexperiment: mine\nglobal_bacth: 3\n", "global_bacth"),
+        ("experiment/mine.yaml", "# @package _global_\nexperiment: mine\nunet: {model_chanels: 3}\n", "model_chanels"),
+    ],
+)
+def test_an_unknown_key_is_refused_in_a_file(tmp_path: Path, file: str, text: str, said: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.write_text(text)
+    group, name = path.parent.name, path.stem
+    chosen = f"+experiment={name}" if group == "experiment" else f"{group}={name}"
+    base = ["scale=toy"] if group == "experiment" else TOY
+    message = refusal([*base, chosen, f"hydra.searchpath=[file://{tmp_path}]"])
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("global_batch=many", "global_batch"),
+        ("engine.kind=zero9", "zero3"),
+        ("first_stage.embed_dim=0", "first_stage.embed_dim=0; must be at least 1"),
+        ("total_images=0", "total_images=0"),
+        ("data.transform.size=0", "size=0"),
+        ("ema_half_lives=[]", "ema_half_lives=[]"),
+        ("every.log=-1", "every.log=-1"),
+        ("engine=zero9", "zero1"),
+    ],
+)
+def test_a_wrong_type_or_an_impossible_value_is_refused(override: str, said: str) -> None:
+    assert said in refusal([*TOY, override])
+
+
+def test_full_scale_asks_for_a_name_and_for_an_experiment() -> None:
+    assert "name=VALUE" in refusal(["+experiment=txt2img_laion"])
+    message = refusal(["name=x"])
+    assert "+experiment=NAME" in message
+    assert all(name in message for name in EXPERIMENTS)
+
+
+def test_the_order_of_defaults_is_pinned() -> None:
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        composed = GlobalHydra.instance().config_loader().compute_defaults_list("train", TOY, RunMode.RUN)
+    paths = [default.config_path for default in composed.defaults]
+    order = list(dict.fromkeys(path.split("/")[0] for path in paths if not path.startswith("hydra")))
+    assert order == [
+        "train_schema", "paths", "data", "first_stage", "autoencoder_loss", "unet", "conditioning", "diffusion", "sampler",
+        "engine", "optimizer", "evaluation", "tracker", "scale", "recipe", "base", "train", "experiment",
+    ]  # fmt: skip
+
+
+def test_later_roads_beat_earlier_ones() -> None:
+    job = config.compose("train", TOY)
+    assert job.engine.kind.name == "one_process"  # scale over group
+    assert job.global_batch == 96  # recipe over scale
+    assert config.compose("train", [*TOY, "engine=ddp", "global_batch=32"]).global_batch == 32  # command line over all
+    assert config.compose("train", [*TOY, "engine=ddp"]).engine.kind.name == "ddp"
+
+
+def test_the_four_doors() -> None:
+    doors = ["data.images=a", "data.latents=b", "data.index_dir=c", "run_dir=d"]
+    job = config.compose("train", [*TOY, *doors])
+    assert (job.data.images, job.data.latents, job.data.index_dir, job.run_dir) == ("a", "b", "c", "d")
+    assert config.compose("train", [*TOY, "name=n"]).run_dir == "runs/txt2img_laion/n"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("scale", ["toy", "full"])
+def test_every_experiment_builds(name: str, scale: str) -> None:
+    job = config.compose("train", [f"+experiment={name}", f"scale={scale}", "name=x"])
+    assert job.experiment == name
+    with torch.device("meta"):
+        parts = {"first_stage": job.first_stage.build()}
+        if not job.trains_first_stage:
+            model = job.latent_diffusion.build()
+            parts |= {"unet": model.unet, "conditioning": model.conditioner}
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+    if scale == "full":
+        assert counts == PARAMETERS[name]
+    else:
+        assert sum(counts.values()) < 5_000_000
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_what_it_is(name: str) -> None:
+    header = (config.CONF / "experiment" / f"{name}.yaml").read_text()
+    assert header.startswith("# @package _global_\n# ")
+    assert "accelerate launch train.py" in header
+    assert "reached" in header
+
+
+def test_plain_values_read_back_as_the_same_config() -> None:
+    job = config.compose("train", TOY)
+    for group in ("first_stage", "unet", "conditioning", "diffusion", "sampler", "data", "optimizer"):
+        part = getattr(job, group)
+        assert config.from_plain(group, config.to_plain(part)) == part
+    with pytest.raises(ValueError, match="bag_of_words"):
+        config.from_plain("conditioning", {"schema": "bag_of_words"})
+
+
+def test_a_conditioner_from_outside_the_tree(tmp_path: Path) -> None:
+    """One file and one yaml; nothing in this tree is edited."""
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "parts.py").write_text(
+        '''
+from dataclasses import dataclass
+import torch
+from torch import nn
+from ldm_scale.conditioning.base import Conditioner, ConditionerConfig, Conditions
+from ldm_scale.jobs.config import register
+
+@dataclass(kw_only=True, slots=True)
+class CaptionLengthConfig(ConditionerConfig):
+    """One token that says how long the caption is."""
+    width: int = 64
+    def build(self): return CaptionLength(self)
+
+class CaptionLength(Conditioner):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout, self.context_dim = config.dropout, config.width
+        self.project = nn.Linear(1, config.width)
+    def prepare(self, captions): return torch.tensor([[float(len(c))] for c in captions])
+    def null_inputs(self, batch): return torch.zeros(batch, 1)
+    def forward(self, inputs): return Conditions(context=self.project(inputs)[:, None])
+
+register("conditioning", "caption_length", CaptionLengthConfig)
+'''
+    )
+    (tmp_path / "conf" / "conditioning").mkdir(parents=True)
+    (tmp_path / "conf" / "conditioning" / "length.yaml").write_text("defaults: [caption_length_schema]\nwidth: 64\n")
+    overrides = [*TOY, "imports=[my_lab.parts]", "conditioning=length", f"hydra.searchpath=[file://{tmp_path}/conf]"]
+    script = f"""
+from ldm_scale.jobs import config
+job = config.compose("train", {overrides!r})
+model = job.latent_diffusion.build()
+assert type(model.conditioner).__name__ == "CaptionLength", model.conditioner
+assert config.to_plain(job.conditioning)["schema"] == "caption_length"
+try:
+    config.compose("train", {[*overrides, "conditioning.witdh=3"]!r})
+except Exception as error:
+    print(config.explain(error))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean width" in done.stdout
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", *TOY, "optimizer.learning_rat=3"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == config.BAD_CONFIG_EXIT_CODE
+    assert done.stderr.count("\n") == 1
+    assert "optimizer.learning_rat" in done.stderr
+    assert "learning_rate" in done.stderr

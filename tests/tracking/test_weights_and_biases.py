@@ -1,0 +1,215 @@
+"""Real offline W&B runs, in processes of their own, read back from their .wandb files with `wandb leet inspect`."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.weights_and_biases import _reachable, closing_hint, run_id
+
+WANDB = str(Path(sys.executable).with_name("wandb"))
+FLUSH_S = 16.0  # wandb writes an offline run to disk every 15 s
+
+TRAIN = """
+import logging, os, signal, sys, time
+from pathlib import Path
+import numpy as np
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.tracker import TrackerConfig
+
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+path, start, stop, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+tracker = TrackerConfig(project="trial", tags=["a"]).build(RunDir(path))
+began = time.perf_counter()
+tracker.start({"unet": {"channels": 64}, "seed": 7}, resume_at=start)
+print("start took", time.perf_counter() - began)
+for seen in range(start + 10, stop + 1, 10):
+    tracker.log(seen, {"train/loss": 1 / seen, "train/lr": 1e-4})
+    if seen % 20 == 0:
+        tracker.log(seen, {"eval/fd_random": 100 / seen})
+        tracker.images(seen, "samples/grid", np.full((8, 8, 3), seen, np.uint8), f"after {seen}")
+tracker.event(stop, "checkpoint")
+if end == "kill":
+    time.sleep(float(sys.argv[5]))
+    os.kill(os.getpid(), signal.SIGKILL)
+tracker.finish(end)
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """No key, no foreign W&B settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB") and name != "NETRC"}
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+    kept = {name: value for name, value in kept.items() if name.lower() not in proxies}
+    home = tmp_path / "home"
+    home.mkdir()
+    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false"}
+
+
+def train(run: Path, start: int, stop: int, end: str, environment: dict[str, str], *more: str) -> str:
+    command = [sys.executable, "-c", TRAIN, str(run), str(start), str(stop), end, *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (-signal.SIGKILL if end == "kill" else 0), done.stderr
+    return done.stdout + done.stderr
+
+
+def parts(run: Path) -> list[Path]:
+    return sorted((run / "wandb").glob("offline-run-*"))
+
+
+def inspect(part: Path, *options: str) -> str:
+    return subprocess.run([WANDB, "leet", "inspect", *options, str(part)], capture_output=True, text=True).stdout
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    """Every history row in the run's .wandb files, in order."""
+    records = [json.loads(line) for part in parts(run) for line in inspect(part, "--json").splitlines()]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def points(rows: list[dict[str, object]]) -> Counter[tuple[str, object]]:
+    """How often each (name, images_seen) was logged; a picture's row has several fields, `name.path` and others."""
+    logged = [{name.split(".")[0] for name in row if not name.startswith("_")} for row in rows]
+    return Counter((name, row["train/images_seen"]) for row, names in zip(rows, logged, strict=True) for name in names)
+
+
+def test_offline_run_can_be_read_back(tmp_path, environment):
+    run = tmp_path / "debug" / "first"
+    assert closing_hint(RunDir(run)) == ""
+    train(run, 0, 40, "finished", environment)
+    (part,) = parts(run)
+    summary = json.loads(inspect(part, "--summary", "--json"))
+    assert summary["state"] == "finished" and summary["exit_code"] == 0
+    assert summary["run_id"] == run_id(RunDir(run)) and summary["project"] == "trial"
+    assert summary["config"]["unet"] == {"channels": 64} and summary["config"]["seed"] == 7
+    assert summary["console_lines"] == 0
+    logged = {name for name in summary["summary"] if not name.startswith("_")}
+    assert logged == {
+        "train/loss", "train/lr", "train/images_seen", "eval/fd_random", "samples/grid", "events/checkpoint",
+    }  # fmt: skip
+    assert summary["summary"]["samples/grid"]["caption"] == "after 40"
+    metrics = [
+        record["metric"] for record in map(json.loads, inspect(part, "--json").splitlines()) if "metric" in record
+    ]
+    assert any(metric.get("step_metric") == "train/images_seen" for metric in metrics), metrics
+    hint = closing_hint(RunDir(run))
+    assert f"wandb leet {run / 'wandb'}" in hint and f"wandb sync {part}" in hint
+    command = next(line.split(":", 1)[1] for line in hint.splitlines() if "inspect" in line).split()
+    assert command[0] == "wandb"
+    done = subprocess.run([WANDB, *command[1:]], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "train/loss" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "end, wait",
+    [
+        ("failed", ()),
+        pytest.param("preempted", (), marks=pytest.mark.slow),
+        pytest.param("kill", (str(FLUSH_S),), marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_run_gives_no_point_twice(tmp_path, environment, end, wait):
+    run = tmp_path / "run"
+    train(run, 0, 80, end, environment, *wait)
+    assert max(row["train/images_seen"] for row in rows(run)) == 80
+    time.sleep(1.1)  # wandb names a folder by the second
+    train(run, 50, 120, "finished", environment)
+    assert len(parts(run)) == 2
+    held = rows(run)
+    expected = {(name, seen) for seen in range(10, 121, 10) for name in ("train/loss", "train/lr", "train/images_seen")}
+    expected |= {(name, seen) for seen in range(20, 121, 20) for name in ("eval/fd_random", "samples/grid")}
+    counts = points(held)
+    assert {point for point in counts if not point[0].startswith("events/")} == expected
+    assert {point: n for point, n in counts.items() if n > 1 and point[0] != "train/images_seen"} == {}
+    numbers = [row["_step"] for row in held]
+    assert numbers == sorted(set(numbers)), "both folders number their rows in one sequence"
+
+
+@pytest.mark.slow
+def test_view_is_filled_up_from_metrics(tmp_path, environment):
+    """A run begun without W&B shows its whole history once W&B is there."""
+    run = tmp_path / "run"
+    train(run, 0, 60, "finished", {**environment, "WANDB_MODE": "disabled"})
+    assert not (run / "wandb").exists()
+    train(run, 60, 80, "finished", environment)
+    losses = [row["train/images_seen"] for row in rows(run) if "train/loss" in row]
+    assert losses == list(range(10, 81, 10))
+
+
+@pytest.fixture
+def deaf_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    held.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        for connection in held:
+            connection.close()
+
+
+def seconds_to_start(output: str) -> float:
+    found = re.search(r"start took ([\d.]+)", output)
+    assert found, output
+    return float(found[1])
+
+
+@pytest.mark.slow
+def test_key_without_network_becomes_offline(tmp_path, environment):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        output = train(
+            tmp_path / "run", 0, 40, "finished", {**environment, "WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": url}
+        )
+    assert "is unreachable; this run is recorded offline" in output
+    assert seconds_to_start(output) < 15
+    assert len(rows(tmp_path / "run")) == 9
+
+
+@pytest.mark.slow
+def test_server_that_never_answers_becomes_offline(tmp_path, environment, deaf_server):
+    environment |= {"WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": deaf_server}
+    output = train(tmp_path / "run", 0, 40, "finished", environment)
+    assert "W&B did not answer" in output
+    assert seconds_to_start(output) < 15
+    assert len(rows(tmp_path / "run")) == 9
+
+
+def test_address_that_swallows_packets_is_given_up(monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **named: time.sleep(30))
+    began = time.perf_counter()
+    assert not _reachable("https://api.example.org", 0.2)
+    assert time.perf_counter() - began < 2
+
+
+def test_proxy_is_asked_instead_of_the_host(monkeypatch, deaf_server):
+    monkeypatch.setenv("https_proxy", deaf_server)
+    assert _reachable("https://no-such-host.invalid", 2.0)
+
+
+@pytest.mark.slow
+def test_failing_wandb_does_not_end_training(tmp_path, environment):
+    (tmp_path / "wandb").write_text("a file where W&B wants a folder")
+    output = train(tmp_path, 0, 40, "finished", environment)
+    assert "W&B stopped" in output
+    assert len(RunDir(tmp_path).read_lines(RunDir(tmp_path).metrics)) == 6

@@ -1,0 +1,18 @@
+"""Every engine in one plain process, one after the other, without a launcher; prints the kinds that trained."""
+
+from pathlib import Path
+
+import tiny
+import torch
+
+trained = []
+for kind in ("ddp", "zero1", "zero2", "zero3"):
+    training = tiny.Training(tiny.engine_of(kind, precision="bf16"), Path("unused"))
+    start = training.weights()
+    exact = tiny.tiny().state_dict()
+    assert start is not None
+    assert all(torch.equal(start[name], exact[name]) for name in start), "masters were rounded"
+    training.run(2)
+    training.engine.close()
+    trained.append(kind)
+print(*trained)
