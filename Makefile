@@ -6,6 +6,7 @@ EXPERIMENT ?= txt2img_laion
 SCALE      ?= full
 ARGS       ?=
 PROCESSES  ?= 1
+RUN        ?= runs/$(EXPERIMENT)/$(SCALE)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 READY := $(VENV)/.ready
@@ -13,6 +14,15 @@ JOB   := +experiment=$(EXPERIMENT) scale=$(SCALE) $(ARGS)
 
 TOY       := data/toy
 TOY_STAGE := runs/autoencoder_kl_f4/toy
+
+TOY_PROMPTS := a small red circle at the top left on a white background,\
+	a large blue square in the centre on a grey background,a small green triangle at the right on a black background,\
+	a large yellow circle at the bottom on a black background
+
+OPENMOJI      := data/openmoji
+OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.validation=$(OPENMOJI)/val \
+	data.latents=$(OPENMOJI)/latents data.transform.size=64 evaluation.caption_accuracy=false
+OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-openmoji test test-fast lint types bench toy precompute-latents train sample evaluate report clean
@@ -32,18 +42,18 @@ $(READY): pyproject.toml constraints.txt
 demo: toy ## The whole pipeline on a laptop: shards, first stage, latents, training, samples, scores, report
 	@$(MAKE) --no-print-directory precompute-latents SCALE=toy
 	@$(MAKE) --no-print-directory train SCALE=toy
-	@$(MAKE) --no-print-directory sample SCALE=toy
+	@python sample.py run_dir=runs/txt2img_laion/toy images_per_prompt=4 'prompts=[$(TOY_PROMPTS)]'
 	@python -m ldm_scale.jobs.summary $(TOY_STAGE) runs/txt2img_laion/toy
 
 demo-openmoji: setup ## The same pipeline on 4,495 emoji (about 20 minutes; CC BY-SA 4.0, fetched, not kept)
-	python -m data_tools.make_openmoji data/openmoji
-	python train.py +experiment=autoencoder_openmoji scale=toy
-	python precompute_latents.py +experiment=txt2img_openmoji scale=toy
-	python train.py +experiment=txt2img_openmoji scale=toy
-	python -m ldm_scale.jobs.summary runs/autoencoder_openmoji/toy runs/txt2img_openmoji/toy
+	@python -m data_tools.make_openmoji $(OPENMOJI)
+	@python train.py +experiment=autoencoder_kl_f4 $(OPENMOJI_ARGS) total_images=32_000
+	@python precompute_latents.py +experiment=txt2img_laion $(OPENMOJI_ARGS) $(OPENMOJI_TEXT)
+	@python train.py +experiment=txt2img_laion $(OPENMOJI_ARGS) $(OPENMOJI_TEXT) total_images=64_000
+	@python -m ldm_scale.jobs.summary runs/autoencoder_kl_f4/openmoji runs/txt2img_laion/openmoji
 
 toy: setup ## Toy shards and a first stage trained on them: what SCALE=toy jobs start from
-	@python -m data_tools.make_toy_world $(TOY)
+	@python -m data_tools.make_toy_world $(TOY) --backgrounds white
 	@python train.py +experiment=autoencoder_kl_f4 scale=toy
 
 test: setup ## Every test
@@ -73,11 +83,11 @@ precompute-latents: setup ## Encode images once: EXPERIMENT= SCALE= ARGS='data.i
 train: setup ## Train: EXPERIMENT= SCALE= ARGS=
 	accelerate launch --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no train.py $(JOB)
 
-sample: setup ## Draw some captions from a trained run: EXPERIMENT= ARGS='run_dir=... "prompts=[a caption]"'
-	python sample.py run_dir=runs/$(EXPERIMENT)/$(SCALE) $(ARGS)
+sample: setup ## Draw captions with a trained run: RUN= ARGS='"prompts=[a caption]"'
+	python sample.py run_dir=$(RUN) $(ARGS)
 
-evaluate: setup ## Score a trained run: EXPERIMENT= SCALE= ARGS=
-	python evaluate.py run_dir=runs/$(EXPERIMENT)/$(SCALE) $(ARGS)
+evaluate: setup ## Score a trained run: RUN= ARGS=
+	python evaluate.py run_dir=$(RUN) $(ARGS)
 
 report: setup ## Write report.html again: RUN=
 	python -m ldm_scale.tracking.report $(RUN)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from data_tools.make_shards import (
     stats_file,
 )
 from ldm_scale.core import progress, rng, storage
-from ldm_scale.images.scenes import JITTER_NUMBERS, Scene, all_scenes
+from ldm_scale.images.scenes import BACKGROUNDS, JITTER_NUMBERS, Scene, all_scenes
 
-_FORMAT = "toy-world/1"
+_FORMAT = "toy-world/2"
 _EXAMPLES = """\
 examples:
   python -m data_tools.make_toy_world data/toy
@@ -53,13 +53,20 @@ class Recipe:
     size: int
     shard_size: int
     seed: int
+    backgrounds: list[str] = field(default_factory=lambda: list(BACKGROUNDS))
     format: str = _FORMAT
 
     def __post_init__(self) -> None:
+        if not self.backgrounds or not set(self.backgrounds) <= set(BACKGROUNDS):
+            raise ValueError(f"--backgrounds {' '.join(self.backgrounds)}; some of {' '.join(BACKGROUNDS)}")
         for name, least in (("train", 1), ("val", 0), ("size", 16)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}; must be at least {least}")
         require_shard_size(self.shard_size)
+
+    def scenes(self) -> list[Scene]:
+        """Every scene of this world, each with a caption of its own."""
+        return [scene for scene in all_scenes(self.objects) if scene.background in self.backgrounds]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,7 @@ def pieces(recipe: Recipe) -> list[Piece]:
 
 def samples(recipe: Recipe, piece: Piece) -> Iterator[Sample]:
     """The samples of one shard. Every caption of the split comes once before any comes again."""
-    scenes = [scene for scene in all_scenes(recipe.objects) if scene.held_out == (piece.split == "val")]
+    scenes = [scene for scene in recipe.scenes() if scene.held_out == (piece.split == "val")]
     positions = torch.arange(piece.start, piece.stop)
     jitter = rng.uniform(recipe.seed, f"toy/{piece.split}/jitter", positions, (JITTER_NUMBERS,)).numpy()
     order: list[int] = []
@@ -180,10 +187,11 @@ def _work(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         shard_size=arguments.shard_size,
         seed=arguments.seed,
+        backgrounds=arguments.backgrounds,
     )
     written = write_world(arguments.out, recipe, overwrite=arguments.overwrite)
     state = f"{written} shards written" if written else "already complete, left as it is"
-    captions = all_scenes(recipe.objects)
+    captions = recipe.scenes()
     held_out = sum(scene.held_out for scene in captions)
     say(
         f"toy world: {state}",
@@ -206,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=6000, help="training images (default: 6000)")
     parser.add_argument("--val", type=int, default=512, help="validation images (default: 512)")
     parser.add_argument("--objects", type=int, choices=(1, 2), default=1, help="things in a scene (default: 1)")
+    parser.add_argument(
+        "--backgrounds", nargs="+", default=list(BACKGROUNDS), choices=list(BACKGROUNDS), help="(default: all of them)"
+    )
     parser.add_argument("--size", type=int, default=32, help="side of an image, pixels (default: 32)")
     parser.add_argument("--shard-size", type=int, default=1000, help="samples in a shard (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world (default: 0)")

@@ -28,7 +28,7 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
 """RGB of each colour before jitter; far apart in hue, so that blur against any background keeps them apart."""
 BACKGROUNDS: Mapping[str, int] = {"white": 248, "grey": 144, "black": 12}
 """Grey level of each background before jitter."""
-SIZES: Mapping[str, float] = {"small": 0.13, "large": 0.19}
+SIZES: Mapping[str, float] = {"small": 0.15, "large": 0.19}
 """Radius of a circle of that size, as a share of the image's side; the other shapes look as large."""
 PLACES: Mapping[str, tuple[float, float]] = {
     "at the top left": (0.25, 0.25),

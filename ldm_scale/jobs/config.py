@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ldm_scale.conditioning.base import ConditionerConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import DataConfig
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -37,7 +39,7 @@ from ldm_scale.training.engine import BatchFit, EngineConfig
 from ldm_scale.training.optimizer import OptimizerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
-BAD_CONFIG_EXIT_CODE = 2
+REFUSED_EXIT_CODE = 2
 Job = TypeVar("Job")
 
 
@@ -164,6 +166,11 @@ class Experiment:
             raise ValueError(f"ema_half_lives={self.ema_half_lives}; at least one, each at least 1 image")
         if (self.unet is None) != (self.diffusion is None):
             raise ValueError("unet and diffusion go together: a second stage has both, a first stage neither")
+        if self.unet is not None and self.unet.out_channels != self.first_stage.latent_channels:
+            raise ValueError(
+                f"unet.out_channels={self.unet.out_channels}, but latents of this first stage have "
+                f"{self.first_stage.latent_channels} channels: make them equal"
+            )
         if self.unet is None and self.conditioning is not None:
             raise ValueError("conditioning is given but there is no unet for it to condition")
 
@@ -313,28 +320,32 @@ def main(job: str, run: Callable[[Any], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print and exit on; the words below are ours
 
     def start(config: DictConfig) -> None:
-        run(_or_exit(lambda: read_job(config, JOBS[job])))
+        run(read_job(config, JOBS[job]))
 
     def compose_and_start() -> None:
         import_parts(sys.argv[1:])
+        sys.argv[1:] = with_run_defaults(job, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(start)()
 
     _or_exit(compose_and_start)
 
 
-def _or_exit(step: Callable[[], Any]) -> Any:
-    """Do one step; end the process with one plain sentence where the configuration is at fault."""
+def _or_exit(job: Callable[[], None]) -> None:
+    """Run a job; what a user can mend (a ValueError or a missing file) ends it in one plain sentence."""
     try:
-        return step()
-    except BadConfig as error:
-        _refuse(str(error))
+        job()
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(explain(error))
+    except (ValueError, FileNotFoundError) as error:
+        _refuse(str(error))
 
 
-def _refuse(sentence: str) -> NoReturn:
+def _refuse(sentence: str) -> None:
+    """End the process; with LDM_SCALE_TRACEBACK=1 by the exception itself."""
+    if os.environ.get("LDM_SCALE_TRACEBACK") == "1":
+        raise
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(BAD_CONFIG_EXIT_CODE)
+    sys.exit(REFUSED_EXIT_CODE)
 
 
 class BadConfig(ValueError):
@@ -352,9 +363,25 @@ def import_parts(overrides: Sequence[str]) -> None:
                 sys.path.pop(0)
 
 
+def with_run_defaults(job: str, overrides: Sequence[str]) -> list[str]:
+    """For a job that starts from a run: that run's own sampler and evaluation first, then what the user says."""
+    given = dict(text.split("=", 1) for text in overrides if "=" in text)
+    file = RunDir(Path(given.get("run_dir", ""))).config
+    if not issubclass(JOBS[job], FromRun) or not file.exists():
+        return list(overrides)
+    trained, defaults = storage.read_json(file), []
+    for section in {"sampler", "evaluation"} & {f.name for f in dataclasses.fields(JOBS[job])} - given.keys():
+        values = {key: value for key, value in trained[section].items() if key != "schema"}
+        defaults += [f"{section}.{key}={value}" for key, value in values.items()]
+        if section == "sampler":
+            defaults.append(f"sampler={trained[section]['schema']}")
+    return [*defaults, *overrides]
+
+
 def compose(job: str, overrides: Sequence[str]) -> Any:
     """The job that a command line would run: for tests and tools that are not started through Hydra."""
     import_parts(overrides)
+    overrides = with_run_defaults(job, overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return read_job(hydra.compose(job, overrides=list(overrides)), JOBS[job])
 

@@ -24,8 +24,12 @@ FROZEN = (
 # fmt: on
 
 
-def changes(run_dir: RunDir, config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys by dotted path whose value differs from the one that this run directory was started with: (before, now)."""
+Changes = dict[str, tuple[Any, Any]]
+"""Keys by dotted path, each with its value before and now."""
+
+
+def changes(run_dir: RunDir, config: dict[str, Any]) -> Changes:
+    """Where this configuration differs from the one that the run directory was started with."""
     if not run_dir.config.exists():
         return {}
     before, now = _flat(storage.read_json(run_dir.config)), _flat(config)
@@ -36,7 +40,7 @@ def changes(run_dir: RunDir, config: dict[str, Any]) -> dict[str, tuple[Any, Any
     }
 
 
-def require_allowed(changed: dict[str, tuple[Any, Any]], *, amend: bool) -> None:
+def require_allowed(changed: Changes, *, amend: bool) -> None:
     """Refuse a resume that would not be the same run.
 
     raises  ValueError showing the difference and the way out
@@ -70,5 +74,5 @@ def _is_in(key: str, names: tuple[str, ...]) -> bool:
     return any(".".join(parts[:length]) in names for length in range(1, len(parts) + 1))
 
 
-def _shown(changed: dict[str, tuple[Any, Any]]) -> str:
+def _shown(changed: Changes) -> str:
     return ", ".join(f"{key}={before!r} (now {now!r})" for key, (before, now) in changed.items())

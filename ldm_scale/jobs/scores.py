@@ -1,6 +1,6 @@
 """Scores of a first or second stage on held-out images: what training logs at intervals and `evaluate.py` prints.
 
-Rank 0 computes them on a fixed number of images with fixed noise, so a score depends on neither batch nor world.
+Every rank computes the same, on fixed images with fixed noise, so a score depends on neither batch nor world.
 
 Shape letters: N images in all, B images at once, C channels, H W height and width.
 """
@@ -8,6 +8,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,14 +76,16 @@ class GenerationScores:
         accuracy = self._caption_accuracy(held_out.captions, held_out.images_NCHW)
         return {f"{name}_real": value for name, value in accuracy.items()}
 
-    def conditions(self, generator: Generator) -> dict[str, object]:
+    def conditions(self, generator: Generator) -> dict[str, Any]:
         """What a score depends on besides the weights."""
         return {
-            "images": self._config.images,
+            "n": self._config.images,
             "reference_images": len(self._held_out.images_NCHW),
             "reference": self._held_out.digest,
             "features": self._features.digest,
-            "sampler": jobs_config.to_plain(generator.sampler),
+            "sampler": jobs_config.to_plain(generator.sampler)["schema"],
+            "steps": generator.sampler.steps,
+            "guidance": generator.sampler.guidance,
             "seed": generator.seed,
         }
 
@@ -104,7 +107,7 @@ class ReconstructionScores:
     def __init__(
         self, config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig, held_out: HeldOutImages
     ) -> None:
-        self._config = config
+        self._config, self._held_out = config, held_out
         self._images_NCHW = held_out.images_NCHW[: config.images]
         self._features = _features(config, paths)
         self._reference = _moments(self._features, [self._images_NCHW])
@@ -120,6 +123,10 @@ class ReconstructionScores:
                 _moments(self._features, [rebuilt for _, rebuilt in pairs]), self._reference
             ),
         }
+
+    def conditions(self) -> dict[str, Any]:
+        """What a score depends on besides the weights."""
+        return {"n": len(self._images_NCHW), "reference": self._held_out.digest, "features": self._features.digest}
 
 
 @torch.no_grad()

@@ -49,6 +49,10 @@ class Stage(ABC):
         """Scores of `module` as it is now, on held-out images."""
 
     @abstractmethod
+    def conditions(self) -> dict[str, Any]:
+        """What these scores depend on besides the weights."""
+
+    @abstractmethod
     def show(self, images_seen: int, tracker: Tracker) -> None:
         """Pictures of `module` as it is now."""
 
@@ -110,6 +114,9 @@ class AutoencoderStage(Stage):
 
     def evaluate(self) -> dict[str, float]:
         return self._scores(self.module)
+
+    def conditions(self) -> dict[str, Any]:
+        return self._scores.conditions()
 
     def show(self, images_seen: int, tracker: Tracker) -> None:
         """Originals above their reconstructions."""
@@ -173,6 +180,9 @@ class DiffusionStage(Stage):
 
     def evaluate(self) -> dict[str, float]:
         return {**self._validation.loss(self.module), **self._scores(self._generator())}
+
+    def conditions(self) -> dict[str, Any]:
+        return self._scores.conditions(self._generator())
 
     def show(self, images_seen: int, tracker: Tracker) -> None:
         """Held-out captions, always the same ones from the same noise."""

@@ -20,7 +20,7 @@ from ldm_scale.tracking.tracker import Silent, Tracker
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
-from ldm_scale.training.loop import Clock, Run, fit
+from ldm_scale.training.loop import Clock, Looks, Outcome, Run, fit
 from ldm_scale.training.throughput import Meter, peak_flops
 
 log = runtime.logger(__name__)
@@ -40,21 +40,55 @@ def run(job: jobs_config.TrainJob) -> None:
         log.info("%s is finished: nothing to train. A new run: name=ANOTHER_NAME", run_dir.path)
         return
     with _status_kept(run_dir):
-        _train(job, run_dir, plain, changed)
+        outcome = _train(job, run_dir, plain, changed)
+    runtime.leave()
+    if outcome == "preempted":
+        sys.exit(runtime.PREEMPTED_EXIT_CODE)
 
 
-def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: dict[str, Any]) -> None:
+def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: identity.Changes) -> Outcome:
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
-    torch.manual_seed(job.seed)
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
 
     def on_bad(key: str, reason: str, position: int) -> None:
         tracker.event(position, "bad_sample", key=key, reason=reason)
 
+    torch.manual_seed(job.seed)
     kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
-    stage = kind(job, engine.device, on_bad)
+    stage: Stage = kind(job, engine.device, on_bad)
     engine.prepare(stage.module, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
+    checkpoints, damaged = _checkpoints(job, run_dir, engine, ema)
+    newest = checkpoints.latest()
+    state = checkpoints.load(newest) if newest is not None else None
+    if state is not None:
+        stage.require_same_stream(state)
+    under_way = _assemble(job, engine, stage, ema, checkpoints, tracker, state)
+    if runtime.is_main():
+        storage.write_json(run_dir.config, plain)
+        run_dir.write_status("running", images=under_way.images_seen)
+    tracker.start(plain, resume_at=under_way.images_seen)
+    begin = "start" if state is None else "resume"
+    tracker.event(under_way.images_seen, begin, world=engine.world, changed=changed, damaged=damaged)
+    if state is None:
+        tracker.log(0, stage.baseline())
+    log.info("training %s: %s", run_dir.path, _in_words(engine, stage, under_way.images_seen))
+    try:
+        outcome = fit(under_way)
+        averaged = ema.consolidated(job.ema_half_lives[0]) if outcome == "finished" else None
+        if averaged is not None:
+            buffers = {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
+            stage.publish({**averaged, **buffers}, run_dir)
+        return _closed(run_dir, under_way, outcome)
+    except Exception:
+        tracker.finish("failed")
+        raise
+    finally:
+        under_way.loader.close()
+
+
+def _checkpoints(job: jobs_config.TrainJob, run_dir: RunDir, engine: Engine, ema: EMA) -> tuple[Checkpoints, list[str]]:
+    """The run's checkpoints, and a list that names those found damaged."""
     damaged: list[str] = []
     checkpoints = Checkpoints(
         run_dir.checkpoints,
@@ -65,24 +99,7 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
         keep_every_images=job.keep_every,
         on_damaged=lambda path, reason: damaged.append(f"{path.name}: {reason}"),
     )
-    newest = checkpoints.latest()
-    state = checkpoints.load(newest) if newest is not None else None
-    images_seen = int(state["images_seen"]) if state is not None else 0
-    if state is not None:
-        stage.require_same_stream(state)
-    if runtime.is_main():
-        storage.write_json(run_dir.config, plain)
-        run_dir.write_status("running", images=images_seen)
-    tracker.start(plain, resume_at=images_seen)
-    tracker.event(
-        images_seen, "resume" if state is not None else "start", world=engine.world, changed=changed, damaged=damaged
-    )
-    if state is None:
-        tracker.log(0, stage.baseline())
-    under_way = _assemble(job, engine, stage, ema, checkpoints, tracker, images_seen)
-    log.info("training %s: %s", run_dir.path, _in_words(job, engine, stage, images_seen))
-    outcome = fit(under_way)
-    _close(job, run_dir, stage, ema, under_way, outcome)
+    return checkpoints, damaged
 
 
 def _assemble(
@@ -92,31 +109,31 @@ def _assemble(
     ema: EMA,
     checkpoints: Checkpoints,
     tracker: Tracker,
-    images_seen: int,
+    state: dict[str, Any] | None,
 ) -> Run:
+    """The parts of a training and how far it has come, for the loop."""
+    loader: Loader[Any] = Loader(
+        stage.source,
+        global_batch=engine.global_batch,
+        micro_batch=engine.micro_batch,
+        rank=engine.rank,
+        world=engine.world,
+        device=engine.device,
+    )
+    peak = peak_flops(engine.device, engine.compute_dtype)
     return Run(
         engine=engine,
         step=stage.step(engine),
-        loader=Loader(
-            stage.source,
-            global_batch=engine.global_batch,
-            micro_batch=engine.micro_batch,
-            rank=engine.rank,
-            world=engine.world,
-            device=engine.device,
-        ),
+        loader=loader,
         learning_rate=lambda images: job.optimizer.learning_rate_at(images, job.total_images),
         ema=ema,
         checkpoints=checkpoints,
         tracker=tracker,
-        meter=Meter(
-            flops_per_image=stage.flops_per_image(),
-            peak=peak_flops(engine.device, engine.compute_dtype),
-            world=engine.world,
-        ),
+        meter=Meter(flops_per_image=stage.flops_per_image(), peak=peak, world=engine.world),
         preemption=runtime.Preemption(),
         averaged=lambda: ema.swapped(job.ema_half_lives[0]),
         evaluate=stage.evaluate,
+        conditions={"weights": f"ema/{job.ema_half_lives[0]}", **stage.conditions()},
         show=lambda images: stage.show(images, tracker),
         state=stage.state(),
         global_batch=engine.global_batch,
@@ -125,25 +142,21 @@ def _assemble(
         sample_clock=Clock(job.every.sample),
         evaluate_clock=Clock(job.every.evaluate),
         save_clock=Clock(job.every.save),
-        images_seen=images_seen,
+        images_seen=0 if state is None else int(state["images_seen"]),
+        due=Looks(job.every.evaluate > 0, job.every.sample > 0) if state is None else Looks(**state["due"]),
     )
 
 
-def _close(job: jobs_config.TrainJob, run_dir: RunDir, stage: Stage, ema: EMA, under_way: Run, outcome: str) -> None:
-    """Publish weights, close the tracker, write the report, say where things are."""
-    averaged = ema.consolidated(job.ema_half_lives[0]) if outcome == "finished" else None
-    if averaged is not None:
-        buffers = {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
-        stage.publish({**averaged, **buffers}, run_dir)
+def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:
+    """Write how the run stands and the report, close the tracker, say where things are."""
     under_way.tracker.event(under_way.images_seen, outcome)
-    under_way.tracker.finish("finished" if outcome == "finished" else "preempted")
     if runtime.is_main():
-        run_dir.write_status("finished" if outcome == "finished" else "preempted", images=under_way.images_seen)
+        run_dir.write_status(outcome, images=under_way.images_seen)
+    under_way.tracker.finish(outcome)
+    if runtime.is_main():
         write_report(run_dir)
         summary.closing(run_dir)
-    runtime.leave()
-    if outcome == "preempted":
-        sys.exit(runtime.PREEMPTED_EXIT_CODE)
+    return outcome
 
 
 @contextlib.contextmanager
@@ -163,7 +176,7 @@ def _images(run_dir: RunDir) -> int:
     return int(lines[-1]["images_seen"]) if lines else 0
 
 
-def _in_words(job: jobs_config.TrainJob, engine: Engine, stage: Stage, images_seen: int) -> str:
+def _in_words(engine: Engine, stage: Stage, images_seen: int) -> str:
     parameters = sum(parameter.numel() for parameter in stage.module.parameters())
     start = f"from image {images_seen:,}" if images_seen else "from scratch"
     return (

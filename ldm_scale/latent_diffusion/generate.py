@@ -1,7 +1,7 @@
 """Captions in, images out: conditions, noise, sampler, first stage.
 
-The noise of an image has its own stream, (seed, index), so a picture depends neither on the batch it is made in nor on how
-many processes share the work.
+The noise of an image has its own stream, (seed, index), so a picture depends neither on the batch it is made in nor on
+how many processes share the work.
 
 Shape letters: B batch, C channels, H W height and width.
 """

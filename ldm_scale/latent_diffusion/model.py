@@ -53,9 +53,15 @@ class LatentDiffusion(nn.Module):
         self.objective = config.diffusion.objective.build()
         self.unet = config.unet.build()
         self.conditioner = conditioner
+        given = conditioner.context_dim if conditioner is not None else 0
+        if given != config.unet.context_dim:
+            raise ValueError(
+                f"unet.context_dim={config.unet.context_dim}, but the conditioner gives context of width {given}: make "
+                "them equal"
+            )
 
     def conditions(self, inputs: Tensor | None) -> dict[str, Tensor]:
-        """What the U-Net is told besides the latent, by the name of `network`'s argument; empty for an unconditional model.
+        """What the U-Net is told besides the latent, by `network`'s arguments; empty for an unconditional model.
 
         inputs  the conditioner's inputs for each sample, (B, ...)
         """

@@ -74,7 +74,7 @@ def _gather(run_dir: RunDir) -> dict[str, Any]:
         "events_left_out": max(0, len(events) - _EVENTS),
         "config": config,
         "files": _files(run_dir),
-        "commands": _commands(run_dir),
+        "commands": _commands(run_dir, config),
     }
 
 
@@ -216,7 +216,11 @@ def _files(run_dir: RunDir) -> list[dict[str, Any]]:
     return [{"path": str(path), "what": what} for path, what in known.items() if path.exists()]
 
 
-def _commands(run_dir: RunDir) -> list[str]:
-    """What to type next."""
-    made = [f"python sample.py weights={run_dir.weights}"] if run_dir.weights.exists() else []
+def _commands(run_dir: RunDir, config: Mapping[str, Any]) -> list[str]:
+    """What to type next: a run with a U-Net can draw."""
+    made = []
+    if run_dir.weights.exists():
+        made = [f"python evaluate.py run_dir={run_dir.path}"]
+        if "unet" in config:
+            made = [f"python sample.py run_dir={run_dir.path} prompts=\"['A CAPTION']\" out=DIRECTORY", *made]
     return [*made, *(line.split(":", 1)[1].strip() for line in closing_hint(run_dir).splitlines())]

@@ -9,12 +9,12 @@ class TrainingDiverged(RuntimeError):
 
 
 def require_finite(values: Mapping[str, float], images_seen: int) -> None:
-    """Stop a training whose numbers are not finite; looked at when they are logged, so that no step waits for the device.
+    """Stop a training whose numbers are not finite; looked at when they are logged, so that no step waits for them.
 
     raises  TrainingDiverged naming the values
     """
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if bad:
         raise TrainingDiverged(
-            f"after {images_seen:,} images: {bad}. Lower optimizer.learning_rate, or use engine.precision=fp32"
+            f"after {images_seen:,} images: {bad}. Lower optimizer.learning_rate, or set engine.precision=fp32"
         )

@@ -6,7 +6,7 @@ Progress is counted in images seen; intervals, learning rate, EMA and random str
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ldm_scale.core import progress, runtime
@@ -32,6 +32,14 @@ class Clock:
         return self.every_images > 0 and before // self.every_images != after // self.every_images
 
 
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What is due at the images seen so far and not done yet; a checkpoint remembers it, a resume makes up for it."""
+
+    evaluate: bool
+    show: bool
+
+
 @dataclass(kw_only=True, slots=True)
 class Run:
     """One training under way: its parts, and how far it has come."""
@@ -48,6 +56,8 @@ class Run:
     averaged: Callable[[], AbstractContextManager[None]]
     """Puts the averaged weights into the model while it lasts."""
     evaluate: Callable[[], dict[str, float]]
+    conditions: dict[str, Any]
+    """What scores depend on besides the weights."""
     show: Callable[[int], None]
     state: dict[str, Any]
     """What a checkpoint carries besides weights and `images_seen`."""
@@ -57,13 +67,13 @@ class Run:
     sample_clock: Clock
     evaluate_clock: Clock
     save_clock: Clock
-    images_seen: int = 0
+    images_seen: int
+    due: Looks
 
 
 def fit(run: Run) -> Outcome:
-    """Train until `total_images` have been seen, or until a signal asks to stop; the last weights are saved either way."""
-    if run.images_seen == 0:
-        _look(run, evaluate=run.evaluate_clock.every_images > 0, show=run.sample_clock.every_images > 0)
+    """Train until `total_images` have been seen or a signal asks to stop; the last weights are saved either way."""
+    _look(run)
     with progress.bar("training", run.total_images, done=run.images_seen) as bar:
         for batch in run.loader.batches(run.images_seen):
             rate = run.learning_rate(run.images_seen)
@@ -76,8 +86,12 @@ def fit(run: Run) -> Outcome:
             last, stop = run.images_seen >= run.total_images, run.preemption.agreed()
             if run.log_clock.fires(before, run.images_seen) or last:
                 bar.move(min(run.images_seen, run.total_images), _log(run, metrics, rate))
-            evaluate, show = (clock.fires(before, run.images_seen) for clock in (run.evaluate_clock, run.sample_clock))
-            _look(run, evaluate=(evaluate or last) and not stop, show=(show or last) and not stop)
+            run.due = Looks(
+                evaluate=run.evaluate_clock.fires(before, run.images_seen) or last,
+                show=run.sample_clock.fires(before, run.images_seen) or last,
+            )
+            if not stop:
+                _look(run)
             if run.save_clock.fires(before, run.images_seen) or last or stop:
                 _save(run)
             if last or stop:
@@ -94,20 +108,23 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
     return f"loss {values['train/loss']:.4f}, {speed['perf/images_per_s']:,.0f} images/s"
 
 
-def _look(run: Run, *, evaluate: bool, show: bool) -> None:
-    """Score and draw with the averaged weights; left out of the training's rates."""
-    if not (evaluate or show):
+def _look(run: Run) -> None:
+    """Score and draw with the averaged weights, where that is due; left out of the training's rates."""
+    if not (run.due.evaluate or run.due.show):
         return
     started = time.perf_counter()
     with run.averaged():
-        if evaluate:
-            run.tracker.log(run.images_seen, run.evaluate())
-        if show:
+        if run.due.evaluate:
+            scores = run.evaluate()
+            run.tracker.log(run.images_seen, scores)
+            run.tracker.event(run.images_seen, "evaluation", scores=scores, **run.conditions)
+        if run.due.show:
             run.show(run.images_seen)
+    run.due = Looks(evaluate=False, show=False)
     run.meter.pause(time.perf_counter() - started)
 
 
 def _save(run: Run) -> None:
     started = time.perf_counter()
-    run.checkpoints.save({"images_seen": run.images_seen, **run.state})
+    run.checkpoints.save({"images_seen": run.images_seen, "due": asdict(run.due), **run.state})
     run.meter.pause(time.perf_counter() - started)

@@ -1,7 +1,7 @@
 """One micro batch: from what was read to gradients, and at the end of a global batch to new weights.
 
-Every random number is drawn per position of the data stream (core/rng.py), so engines, world sizes and micro batches give
-the same losses.
+Every random number is drawn per position of the data stream (core/rng.py), so engines, world sizes and micro batches
+give the same losses.
 
 Shape letters: B batch, C channels, H W height and width.
 """

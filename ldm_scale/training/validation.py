@@ -1,7 +1,7 @@
 """Validation loss of a diffusion model, whole and by timestep: fixed images, fixed noise, fixed timesteps.
 
-Every held-out image is noised once in each of ten equal ranges of timesteps. Noise and timestep depend on (seed, image, range)
-alone, so two checkpoints, or raw and averaged weights, are compared on the same numbers.
+Every held-out image is noised once in each of ten equal ranges of timesteps. Noise and timestep depend on (seed, image,
+range) alone, so two checkpoints, or raw and averaged weights, are compared on the same numbers.
 
 Shape letters: B batch, C channels, H W latent height and width.
 """
@@ -32,7 +32,7 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: LatentDiffusion) -> dict[str, float]:
-        """`val/loss`, and `val/loss_t000` ... `val/loss_t900` named by the share (in thousandths) where the range begins."""
+        """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths."""
         losses = [self._bucket(model, bucket) for bucket in range(BUCKETS)]
         named = {f"val/loss_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
         return {"val/loss": sum(losses) / BUCKETS, **named}

@@ -1,4 +1,4 @@
-"""Configuration: unknown keys refused on every road, the order of defaults, parts from outside the tree, every experiment."""
+"""Configuration: refusals on every road, the order of defaults, parts from outside, every experiment."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def refusal(overrides: list[str], job: str = "train") -> str:
         ("+global_bacth=3", "did you mean global_batch"),
         ("unet.model_chanels=3", "did you mean model_channels"),
         ("+unet.model_chanels=3", "did you mean model_channels"),
-        ("+data.transform.sise=3", "did you mean size"),
+        ("+data.transform.sizes=3", "did you mean size"),
     ],
 )
 def test_an_unknown_key_is_refused_on_the_command_line(override: str, said: str) -> None:
@@ -96,16 +96,16 @@ def test_the_order_of_defaults_is_pinned() -> None:
     paths = [default.config_path for default in composed.defaults]
     order = list(dict.fromkeys(path.split("/")[0] for path in paths if not path.startswith("hydra")))
     assert order == [
-        "train_schema", "paths", "data", "first_stage", "autoencoder_loss", "unet", "conditioning", "diffusion", "sampler",
-        "engine", "optimizer", "evaluation", "tracker", "scale", "recipe", "base", "train", "experiment",
+        "train_schema", "paths", "data", "first_stage", "autoencoder_loss", "unet", "conditioning", "diffusion",
+        "sampler", "engine", "optimizer", "evaluation", "tracker", "scale", "recipe", "base", "train", "experiment",
     ]  # fmt: skip
 
 
 def test_later_roads_beat_earlier_ones() -> None:
     job = config.compose("train", TOY)
     assert job.engine.kind.name == "one_process"  # scale over group
-    assert job.global_batch == 96  # recipe over scale
-    assert config.compose("train", [*TOY, "engine=ddp", "global_batch=32"]).global_batch == 32  # command line over all
+    assert job.global_batch == 32  # recipe over the rest
+    assert config.compose("train", [*TOY, "engine=ddp", "global_batch=64"]).global_batch == 64  # command line over all
     assert config.compose("train", [*TOY, "engine=ddp"]).engine.kind.name == "ddp"
 
 
@@ -130,7 +130,7 @@ def test_every_experiment_builds(name: str, scale: str) -> None:
     if scale == "full":
         assert counts == PARAMETERS[name]
     else:
-        assert sum(counts.values()) < 5_000_000
+        assert sum(counts.values()) < 10_000_000
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -189,7 +189,7 @@ model = job.latent_diffusion.build()
 assert type(model.conditioner).__name__ == "CaptionLength", model.conditioner
 assert config.to_plain(job.conditioning)["schema"] == "caption_length"
 try:
-    config.compose("train", {[*overrides, "conditioning.witdh=3"]!r})
+    config.compose("train", {[*overrides, "conditioning.widt=3"]!r})
 except Exception as error:
     print(config.explain(error))
 """
@@ -203,7 +203,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line() -> None:
         [sys.executable, "train.py", *TOY, "optimizer.learning_rat=3"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == config.BAD_CONFIG_EXIT_CODE
+    assert done.returncode == config.REFUSED_EXIT_CODE
     assert done.stderr.count("\n") == 1
     assert "optimizer.learning_rat" in done.stderr
     assert "learning_rate" in done.stderr

@@ -1,0 +1,203 @@
+"""The main job, end to end and small, by the commands a user types: from shards to samples, scores and W&B."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_scale.core import storage, weights
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.training.checkpoint import find, read_consolidated
+
+NAMES = (  # design.md section 7
+    {"train/loss", "train/lr", "train/grad_norm", "train/images_seen"}
+    | {f"perf/{name}" for name in ("images_per_s", "images_per_s_per_gpu", "mfu", "data_wait", "step_ms", "memory_gb")}
+    | {"val/loss"}
+    | {f"val/loss_t{bucket}00" for bucket in range(10)}
+    | {"eval/fd_random", "eval/caption_accuracy"}
+)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world: Any) -> RunDir:
+    """A whole tiny training."""
+    world.run(world.tiny_training("name=undisturbed"))
+    return RunDir(world.path / "runs" / "txt2img_laion" / "undisturbed")
+
+
+def everything(run_dir: RunDir) -> dict[str, torch.Tensor]:
+    """Weights, moments and averages at the end of a run, by kind and name."""
+    newest = find(run_dir.checkpoints)
+    kinds = ("weight", "exp_avg", "exp_avg_sq", "ema/32")
+    return {f"{kind}:{name}": t for kind in kinds for name, t in read_consolidated(newest, kind)[1].items()}
+
+
+def assert_same(one: RunDir, other: RunDir) -> None:
+    ours, theirs = everything(one), everything(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def curve(run_dir: RunDir, name: str) -> list[tuple[int, float]]:
+    return [(line["images_seen"], line[name]) for line in run_dir.read_lines(run_dir.metrics) if name in line]
+
+
+@pytest.mark.slow
+def test_a_run_directory_tells_the_whole_story(undisturbed: RunDir) -> None:
+    logged = {name for line in undisturbed.read_lines(undisturbed.metrics) for name in line}
+    assert logged >= NAMES
+    assert storage.read_json(undisturbed.status)["state"] == "finished"
+    assert [images for images, _ in curve(undisturbed, "train/loss")] == [16, 32, 48, 64, 80, 96]
+    assert [images for images, _ in curve(undisturbed, "eval/fd_random")] == [0, 48, 96]
+    assert undisturbed.report.read_text().startswith("<!DOCTYPE html>")
+    pictures = sorted(undisturbed.media.glob("samples__grid/*.png"))
+    assert [picture.stem for picture in pictures] == ["000000000000", "000000000096"]
+    scored = [line for line in undisturbed.read_lines(undisturbed.events) if line["event"] == "evaluation"]
+    assert {"n", "reference", "features", "sampler", "steps", "guidance", "weights"} <= scored[-1].keys()
+
+
+@pytest.mark.slow
+def test_wandb_shows_the_same_names(undisturbed: RunDir) -> None:
+    (offline,) = undisturbed.wandb.glob("offline-run-*")
+    leet = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(offline)]
+    done = subprocess.run(leet, capture_output=True, text=True, check=True)
+    said = json.dumps(json.loads(done.stdout))
+    assert [name for name in sorted(NAMES | {"samples/grid"}) if f'"{name}"' not in said] == []
+
+
+@pytest.mark.slow
+def test_sigkill_and_the_same_command_again_end_with_the_same_weights(world: Any, undisturbed: RunDir) -> None:
+    killed = RunDir(world.path / "runs" / "txt2img_laion" / "killed")
+    command = world.tiny_training("name=killed")
+    saved = killed.checkpoints / "images_000000000032" / "complete.json"
+    assert world.interrupted(command, saved.exists, signal.SIGKILL) == -signal.SIGKILL
+    assert storage.read_json(killed.status)["state"] == "running"
+    world.run(command)
+    assert [line["event"] for line in killed.read_lines(killed.events)].count("resume") == 1
+    assert_same(undisturbed, killed)
+    for name in ("train/loss", "eval/fd_random", "val/loss"):
+        assert curve(killed, name) == curve(undisturbed, name)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_exits_75_and_resumes(world: Any, undisturbed: RunDir) -> None:
+    stopped = RunDir(world.path / "runs" / "txt2img_laion" / "stopped")
+    command = world.tiny_training("name=stopped")
+    assert world.interrupted(command, lambda: len(curve(stopped, "train/loss")) > 0, signal.SIGTERM) == 75
+    status = storage.read_json(stopped.status)
+    assert (status["state"], find(stopped.checkpoints).name) == ("preempted", f"images_{status['images']:012d}")
+    world.run(command)
+    assert_same(undisturbed, stopped)
+    for name in ("train/loss", "eval/fd_random"):
+        assert curve(stopped, name) == curve(undisturbed, name)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone_and_a_changed_one_is_refused(world: Any, undisturbed: RunDir) -> None:
+    before = undisturbed.metrics.read_bytes()
+    assert "is finished" in world.run(world.tiny_training("name=undisturbed"))
+    assert undisturbed.metrics.read_bytes() == before
+    said = world.run(world.tiny_training("name=undisturbed", "seed=1"), expect=2)
+    assert "seed=0 (now 1)" in said
+    assert "name=ANOTHER_NAME" in said
+    said = world.run(world.tiny_training("name=undisturbed", "optimizer.learning_rate=1e-5"), expect=2)
+    assert "amend=true" in said
+
+
+@pytest.mark.slow
+def test_two_processes_with_deepspeed_zero1(world: Any, undisturbed: RunDir) -> None:
+    """The same run on two real processes: another engine, the same curve."""
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    flags = ["--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
+    command = world.tiny_training("name=zero1", "engine=zero1", "engine.precision=fp32", "micro_batch=4")
+    said = world.run([*launch, *flags, *command[1:]])
+    assert "zero1 fp32 on 2 process(es)" in said
+    run_dir = RunDir(world.path / "runs" / "txt2img_laion" / "zero1")
+    assert len(list((find(run_dir.checkpoints)).glob("rank*-of-00002.safetensors"))) == 2
+    ours, theirs = curve(run_dir, "train/loss"), curve(undisturbed, "train/loss")
+    assert [images for images, _ in ours] == [images for images, _ in theirs]
+    np.testing.assert_allclose([loss for _, loss in ours], [loss for _, loss in theirs], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_samples_have_one_seed_each_and_a_labelled_grid(world: Any, undisturbed: RunDir, tmp_path: Path) -> None:
+    def sample(name: str, *overrides: str) -> list[np.ndarray]:
+        prompts = "prompts=[a small red circle at the top on a white background,a large blue square]"
+        command = world.job("sample.py", f"run_dir={undisturbed.path}", prompts, f"out={tmp_path / name}", *overrides)
+        world.run(command)
+        return [np.asarray(Image.open(file)) for file in sorted((tmp_path / name).glob("0*.png"))]
+
+    together, alone = sample("together", "images_per_prompt=2"), sample("alone", "images_per_prompt=2", "batch=1")
+    assert len(together) == 4
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(together, alone, strict=True))
+    assert not np.array_equal(together[0], together[1])
+    assert Image.open(tmp_path / "together" / "grid.png").width > 64
+    made_by = json.loads(Image.open(tmp_path / "together" / "00003.png").text["made_by"])
+    assert (made_by["index"], made_by["sampler"]["steps"]) == (3, 2)  # the run's own sampler
+
+
+@pytest.mark.slow
+def test_evaluate_repeats_the_score_of_training(world: Any, undisturbed: RunDir) -> None:
+    world.run(world.job("evaluate.py", f"run_dir={undisturbed.path}"))
+    (written,) = (undisturbed.path / "evaluation").glob("*.json")
+    assert storage.read_json(written)["scores"]["eval/fd_random"] == curve(undisturbed, "eval/fd_random")[-1][1]
+
+
+@pytest.mark.slow
+def test_precompute_is_restartable_by_shard(world: Any, tmp_path: Path) -> None:
+    def encode(*overrides: str) -> str:
+        return world.run(
+            world.text_to_image(
+                f"data.latents={tmp_path}/latents", "precompute.min_psnr=0", *overrides, script="precompute_latents.py"
+            )
+        )
+
+    encode()
+    first = {file.name: file.read_bytes() for file in (tmp_path / "latents").glob("*.tar")}
+    manifest = (tmp_path / "latents" / "manifest.json").read_bytes()
+    assert first == {file.name: file.read_bytes() for file in (world.path / "latents").glob("*.tar")}
+    (tmp_path / "latents" / "manifest.json").unlink()
+    (tmp_path / "latents" / "00001.tar").unlink()
+    assert "1 of 2 shards are done already" in encode()
+    assert first == {file.name: file.read_bytes() for file in (tmp_path / "latents").glob("*.tar")}
+    assert manifest == (tmp_path / "latents" / "manifest.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.latents=nowhere"], "nowhere"),
+        (["data.validation=null"], "data.validation is not set"),
+        (["first_stage.checkpoint=nowhere"], "first_stage.checkpoint=nowhere"),
+        (["first_stage.channels=16"], "another architecture"),
+        (["data.transform.border=keep"], "transform"),
+        (["data.transform.size=64"], "transform"),
+        (["global_batch=10"], "does not divide"),
+        (["unet.context_dim=32"], "context_dim=32"),
+        (["data.latents=pipe:cat x.tar"], "pipe:"),
+        (["conditioning.vocab_size=99"], "vocab_size=99"),
+    ],
+)
+def test_wrong_input_is_refused_with_its_name(world: Any, overrides: list[str], said: str) -> None:
+    name = f"name=refused_{abs(hash(tuple(overrides)))}"
+    process = world.run(world.tiny_training(name, *overrides), expect=2)
+    assert said in process
+    assert "Traceback" not in process
+
+
+@pytest.mark.slow
+def test_a_first_stage_other_than_the_cache_s_is_refused(world: Any, tmp_path: Path) -> None:
+    source = RunDir(world.path / "runs" / "autoencoder_kl_f4" / "toy").weights
+    held = weights.load(source)
+    held.tensors["decoder.conv_out.bias"] += 1
+    weights.save(tmp_path / "other", held.config, held.tensors)
+    said = world.run(world.tiny_training("name=other", f"first_stage.checkpoint={tmp_path / 'other'}"), expect=2)
+    assert "encoded by first stage" in said
