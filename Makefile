@@ -9,6 +9,10 @@ PROCESSES  ?= 1
 RUN        ?= runs/$(EXPERIMENT)/$(SCALE)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Accelerate gives a process one CPU thread unless told otherwise.
+THREADS := $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) '|' 1)
+LAUNCH  := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_processes $(PROCESSES) --num_machines 1 \
+	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 READY := $(VENV)/.ready
 JOB   := +experiment=$(EXPERIMENT) scale=$(SCALE) $(ARGS)
 
@@ -40,8 +44,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: toy ## The whole pipeline on a laptop: shards, first stage, latents, training, samples, scores, report
-	@$(MAKE) --no-print-directory precompute-latents SCALE=toy
-	@$(MAKE) --no-print-directory train SCALE=toy
+	@python precompute_latents.py +experiment=txt2img_laion scale=toy
+	@python train.py +experiment=txt2img_laion scale=toy
 	@python sample.py run_dir=runs/txt2img_laion/toy images_per_prompt=4 'prompts=[$(TOY_PROMPTS)]'
 	@python -m ldm_scale.jobs.summary $(TOY_STAGE) runs/txt2img_laion/toy
 
@@ -78,10 +82,10 @@ ifeq ($(SCALE),toy)
 precompute-latents: toy
 endif
 precompute-latents: setup ## Encode images once: EXPERIMENT= SCALE= ARGS='data.images=... data.latents=...'
-	accelerate launch --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no precompute_latents.py $(JOB)
+	$(LAUNCH) precompute_latents.py $(JOB)
 
 train: setup ## Train: EXPERIMENT= SCALE= ARGS=
-	accelerate launch --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no train.py $(JOB)
+	$(LAUNCH) train.py $(JOB)
 
 sample: setup ## Draw captions with a trained run: RUN= ARGS='"prompts=[a caption]"'
 	python sample.py run_dir=$(RUN) $(ARGS)
