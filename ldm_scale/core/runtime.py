@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,11 +34,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-def leave() -> None:
-    """End the process group, all ranks together: a process that ends while another still talks to it may abort."""
+def leave(code: int = 0) -> NoReturn:
+    """End this process with an exit status; where it has a process group, all ranks together and at once.
+
+    Threads of gloo may outlive the group and still hold Python objects. An interpreter that shuts down in good order
+    under them aborts now and then ("terminate called without an active exception", torch 2.15), after all work is done.
+    """
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def any_rank(flag: bool) -> bool:

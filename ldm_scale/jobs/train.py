@@ -1,7 +1,6 @@
 """Train a first stage or a diffusion model: from a job to a run directory. `train.py` starts this."""
 
 import contextlib
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,9 +40,7 @@ def run(job: jobs_config.TrainJob) -> None:
         return
     with _status_kept(run_dir):
         outcome = _train(job, run_dir, plain, changed)
-    runtime.leave()
-    if outcome == "preempted":
-        sys.exit(runtime.PREEMPTED_EXIT_CODE)
+    runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
 
 
 def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: identity.Changes) -> Outcome:

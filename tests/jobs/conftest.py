@@ -43,7 +43,8 @@ class World:
     def autoencoder(self, *overrides: str) -> list[str]:
         return self.job(
             "train.py", "+experiment=autoencoder_kl_f4", "scale=toy", f"data.images={self.path}/toy/train",
-            f"data.validation={self.path}/toy/val", "first_stage.channels=8", "total_images=64", *QUICK[:3], *overrides,
+            f"data.validation={self.path}/toy/val", "first_stage.channels=8", "total_images=64",
+            "optimizer.warmup_images=0", *QUICK[:3], *overrides,
         )  # fmt: skip
 
     def text_to_image(self, *overrides: str, script: str = "train.py") -> list[str]:
@@ -58,7 +59,7 @@ class World:
         """A second-stage training of 12 steps."""
         return self.text_to_image(
             "global_batch=8", "micro_batch=8", "total_images=96", "every.log=16", "every.save=32", "every.evaluate=48",
-            "every.sample=96", "ema_half_lives=[32]", *overrides,
+            "every.sample=96", "ema_half_lives=[32]", "optimizer.warmup_images=16", *overrides,
         )  # fmt: skip
 
     def run(self, command: list[str], expect: int = 0) -> str:

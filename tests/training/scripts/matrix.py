@@ -11,7 +11,6 @@ from typing import Any
 import safetensors.torch
 import tiny
 import torch
-import torch.distributed as dist
 
 from ldm_scale.core import runtime
 
@@ -103,8 +102,7 @@ def main() -> None:
     }
     if runtime.is_main():
         (out / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    runtime.leave()
 
 
 main()
