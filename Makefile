@@ -20,8 +20,8 @@ TOY       := data/toy
 TOY_STAGE := runs/autoencoder_kl_f4/toy
 
 TOY_PROMPTS := a small red circle at the top left on a white background,\
-	a large blue square in the centre on a grey background,a small green triangle at the right on a black background,\
-	a large yellow circle at the bottom on a black background
+	a large blue square in the centre on a white background,a small green triangle at the right on a white background,\
+	a large yellow circle at the bottom on a white background
 
 OPENMOJI      := data/openmoji
 OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.validation=$(OPENMOJI)/val \
@@ -94,7 +94,8 @@ evaluate: setup ## Score a trained run: RUN= ARGS=
 	python evaluate.py run_dir=$(RUN) $(ARGS)
 
 report: setup ## Write report.html again: RUN=
-	python -m ldm_scale.tracking.report $(RUN)
+	python -c 'import pathlib, sys; from ldm_scale.core.run_dir import RunDir; from ldm_scale.tracking.report import write_report; \
+	print(write_report(RunDir(pathlib.Path(sys.argv[1]))))' $(RUN)
 
 clean: ## Remove what runs and demos wrote (data, runs), not .venv
 	rm -rf runs data outputs multirun
