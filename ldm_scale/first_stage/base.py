@@ -6,13 +6,14 @@ Knows nothing of training, files or caches.
 Shape letters: B batch, C latent channels, H W height and width.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
+
+from ldm_scale.core import weights
 
 
 class MomentsKind(StrEnum):
@@ -133,11 +134,7 @@ class FirstStage(nn.Module, ABC):
 
     def digest(self) -> str:
         """sha256 of the weights: every tensor of the state dict with its name, dtype and shape, sorted by name."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return sha.hexdigest()
+        return weights.digest(self.state_dict())
 
     def _require_divisible(self, images_BCHW: Tensor) -> None:
         height, width = images_BCHW.shape[-2:]

@@ -193,6 +193,14 @@ class TrainJob(Experiment):
     amend: bool = False
     """Allow a resume under a changed learning rate, batch, data or length; the difference is recorded."""
 
+    def __post_init__(self) -> None:
+        Experiment.__post_init__(self)
+        if self.trains_first_stage and self.first_stage.checkpoint is not None:
+            raise ValueError(
+                f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage, from fresh "
+                "weights: starting from others is not there yet; leave it out"
+            )
+
 
 @dataclass(kw_only=True, slots=True)
 class PrecomputeConfig:

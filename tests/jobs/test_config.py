@@ -83,6 +83,10 @@ def test_a_wrong_type_or_an_impossible_value_is_refused(override: str, said: str
     assert said in refusal([*TOY, override])
 
 
+def test_a_first_stage_is_not_trained_from_weights_that_would_be_ignored() -> None:
+    assert "checkpoint=there" in refusal(["+experiment=autoencoder_kl_f4", "scale=toy", "first_stage.checkpoint=there"])
+
+
 def test_full_scale_asks_for_a_name_and_for_an_experiment() -> None:
     assert "name=VALUE" in refusal(["+experiment=txt2img_laion"])
     message = refusal(["name=x"])
