@@ -30,6 +30,8 @@ class TextTransformerConfig(ConditionerConfig):
     """Tokens L of every caption, [CLS] and [SEP] included: longer captions are cut, shorter ones padded."""
     vocab_size: int = 30522
     """Token ids there are embeddings for; must be the tokenizer's."""
+    embedding_std: float = 0.02
+    """Standard deviation of token and position embeddings at the start of training."""
     tokenizer: str = "bert-base-uncased"
     """A tokenizer.json, a directory that holds one (or BERT's vocab.txt), or a name on the Hugging Face hub."""
 
@@ -45,6 +47,8 @@ class TextTransformerConfig(ConditionerConfig):
         ):
             if value < least:
                 raise ValueError(f"conditioning.{name}={value}; must be at least {least}")
+        if not self.embedding_std > 0:
+            raise ValueError(f"conditioning.embedding_std={self.embedding_std}; must be above 0")
         if not self.tokenizer:
             raise ValueError("conditioning.tokenizer is empty; give a tokenizer.json, a directory or a hub name")
 
@@ -68,6 +72,7 @@ class TextConditioner(Conditioner):
             layers=config.layers,
             heads=config.heads,
             head_dim=config.head_dim,
+            embedding_std=config.embedding_std,
         )
         self._tokenizer: CaptionTokenizer | None = None
 

@@ -12,20 +12,31 @@ from torch.nn import functional
 
 from ldm_scale.nn.attention import attend
 
-EMBEDDING_STD = 0.02  # of token and position embeddings at the start
-
 
 class TextTransformer(nn.Module):
     """Bidirectional pre-norm transformer with learned positions, no mask: padding is attended to, as in the reference.
 
-    width       D of the features, and of the context that a U-Net reads
-    head_dim    of one attention head; heads x head_dim need not be the width (reference: 8 x 64 for 1280)
-    max_length  tokens that there are position embeddings for
+    width          D of the features, and of the context that a U-Net reads
+    head_dim       of one attention head; heads x head_dim need not be the width (reference: 8 x 64 for 1280)
+    max_length     tokens that there are position embeddings for
+    embedding_std  of token and position embeddings at the start
     """
 
-    def __init__(self, *, vocab_size: int, max_length: int, width: int, layers: int, heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        embedding_std: float = 0.02,
+    ) -> None:
         super().__init__()
         self.model = TextEncoder(vocab_size, max_length, width, layers, heads, head_dim)
+        for embeddings in (self.model.embed_tokens, self.model.embed_positions):
+            nn.init.normal_(embeddings.weight, std=embedding_std)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Token ids, integers below vocab_size, at most max_length of them -> (B, L, D)."""
@@ -42,8 +53,6 @@ class TextEncoder(nn.Module):
         self.embed_positions = nn.Embedding(max_length, width)
         self.layers = nn.ModuleList(TextLayer(width, heads, head_dim) for _ in range(layers))
         self.layer_norm = nn.LayerNorm(width)
-        nn.init.normal_(self.embed_tokens.weight, std=EMBEDDING_STD)
-        nn.init.normal_(self.embed_positions.weight, std=EMBEDDING_STD)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)

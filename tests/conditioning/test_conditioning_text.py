@@ -77,6 +77,7 @@ def test_a_tokenizer_of_another_size_is_refused(tokenizer: str):
     "changes, message",
     [
         ({"width": 0}, r"^conditioning\.width=0; must be at least 1"),
+        ({"embedding_std": 0.0}, r"^conditioning\.embedding_std=0\.0; must be above 0"),
         ({"max_length": 2}, r"^conditioning\.max_length=2; must be at least 3"),
         ({"dropout": 1.5}, r"^conditioning\.dropout=1\.5; must be a probability"),
         ({"tokenizer": ""}, r"^conditioning\.tokenizer is empty"),

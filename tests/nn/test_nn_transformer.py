@@ -69,6 +69,13 @@ def test_gradients_reach_every_parameter(randomise: Any):
     assert without == []
 
 
+def test_embeddings_start_as_wide_as_asked():
+    torch.manual_seed(0)
+    model = TextTransformer(**(TOY | {"vocab_size": 4000, "max_length": 400}), embedding_std=0.5).model
+    assert model.embed_tokens.weight.std().item() == pytest.approx(0.5, rel=0.02)
+    assert model.embed_positions.weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
 @pytest.mark.slow
 def test_compiles_without_graph_breaks():
     model = TextTransformer(**TOY)
