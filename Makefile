@@ -29,7 +29,7 @@ OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.vali
 OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-openmoji test test-fast lint types bench toy precompute-latents train sample evaluate report clean
+.PHONY: help setup demo demo-openmoji test test-fast lint types bench model-table toy precompute-latents train sample evaluate report clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ demo: toy ## The whole pipeline on a laptop: shards, first stage, latents, train
 	@python sample.py run_dir=runs/txt2img_laion/toy images_per_prompt=4 'prompts=[$(TOY_PROMPTS)]'
 	@python -m ldm_scale.jobs.summary $(TOY_STAGE) runs/txt2img_laion/toy
 
-demo-openmoji: setup ## The same pipeline on 4,495 emoji (about 20 minutes; CC BY-SA 4.0, fetched, not kept)
+demo-openmoji: setup ## The same pipeline on 4,495 emoji (about 15 minutes; CC BY-SA 4.0, fetched, not kept)
 	@python -m data_tools.make_openmoji $(OPENMOJI)
 	@python train.py +experiment=autoencoder_kl_f4 $(OPENMOJI_ARGS) total_images=32_000
 	@python precompute_latents.py +experiment=txt2img_laion $(OPENMOJI_ARGS) $(OPENMOJI_TEXT)
@@ -77,6 +77,9 @@ types: setup ## mypy
 
 bench: setup ## Every benchmark: prints ratios against a peer or a limit measured in the same run
 	for file in benchmarks/*.py; do python $$file; done
+
+model-table: setup ## docs/models.md: every experiment's parameters and operations, beside the published ones
+	@python -m ldm_scale.jobs.model_table docs/models.md
 
 ifeq ($(SCALE),toy)
 precompute-latents: toy

@@ -31,7 +31,7 @@ from data_tools.make_shards import (
 from ldm_scale.core import progress, rng, storage
 from ldm_scale.images.scenes import BACKGROUNDS, JITTER_NUMBERS, Scene, all_scenes
 
-_FORMAT = "toy-world/2"
+_FORMAT = "toy-world/3"
 _EXAMPLES = """\
 examples:
   python -m data_tools.make_toy_world data/toy

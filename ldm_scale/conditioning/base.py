@@ -7,7 +7,9 @@ Shape letters: B batch, L tokens, D context width, C channels, H W latent height
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,18 +53,31 @@ class Conditioner(nn.Module, ABC):
     `prepare` is cheap, has no weights and runs in the loader's thread; `forward` has them and runs on the device.
     """
 
+    config: ConditionerConfig
+    """What it was built from."""
     dropout: float
     """Probability that training replaces a sample's condition by the empty one."""
-    context_dim: int
+    context_dim: int = 0
     """Width D of the context tokens; 0: no context."""
+    concat_channels: int = 0
+    """Channels C appended to the latent's; 0: none."""
+    vector_dim: int = 0
+    """Width E of the vector added to the timestep embedding; 0: none."""
 
     @abstractmethod
-    def prepare(self, captions: list[str]) -> Tensor:
-        """Inputs of `forward`, one row a caption, on the CPU. May be called from several threads at once."""
+    def prepare(self, conditions: Sequence[Any]) -> Tensor:
+        """Inputs of `forward`, one row a condition, on the CPU. May be called from several threads at once.
+
+        conditions  one a sample: captions, class ids, maps ...; each conditioner says which
+        raises      ValueError naming the first condition that is not one, and what is allowed
+        """
 
     @abstractmethod
     def null_inputs(self, batch: int) -> Tensor:
-        """Inputs that stand for no condition, `batch` equal rows, on the CPU."""
+        """Inputs that stand for no condition, `batch` equal rows, on the CPU.
+
+        Those of maps and images are 1 x 1, which `dropped` and the model stretch over any height and width.
+        """
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Conditions:
@@ -72,3 +87,14 @@ class Conditioner(nn.Module, ABC):
         """`inputs` with the rows where `drop_B` is true replaced by the empty condition; same device and dtype."""
         null = self.null_inputs(1).to(inputs)
         return torch.where(over_samples(drop_B, inputs), null, inputs)
+
+
+def require_captions(conditions: Sequence[Any]) -> list[str]:
+    """The conditions, which must all be strings.
+
+    raises  ValueError naming the first that is not
+    """
+    for condition in conditions:
+        if not isinstance(condition, str):
+            raise ValueError(f"condition {condition!r} is no caption: the text conditioners take strings")
+    return list(conditions)

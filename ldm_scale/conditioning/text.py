@@ -5,11 +5,13 @@ Knows nothing of the diffusion process, files of captions or ranks.
 Shape letters: B batch, L tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ldm_scale.conditioning.base import Conditioner, ConditionerConfig, Conditions
+from ldm_scale.conditioning.base import Conditioner, ConditionerConfig, Conditions, require_captions
 from ldm_scale.conditioning.tokenizer import CaptionTokenizer, load_tokenizer
 from ldm_scale.nn.transformer import TextTransformer
 
@@ -60,6 +62,8 @@ class TextTransformerConfig(ConditionerConfig):
 class TextConditioner(Conditioner):
     """Captions to context tokens. The empty condition is the empty caption."""
 
+    config: TextTransformerConfig
+
     def __init__(self, config: TextTransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -92,9 +96,9 @@ class TextConditioner(Conditioner):
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    def prepare(self, captions: list[str]) -> Tensor:
-        """(B, max_length) int64 token ids."""
-        return self.load_tokenizer()(captions)
+    def prepare(self, conditions: Sequence[Any]) -> Tensor:
+        """Captions to (B, max_length) int64 token ids."""
+        return self.load_tokenizer()(require_captions(conditions))
 
     def null_inputs(self, batch: int) -> Tensor:
         """The ids of the empty caption, (batch, max_length)."""

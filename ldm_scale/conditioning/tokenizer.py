@@ -1,7 +1,7 @@
 """Captions to token ids: WordPiece as BERT uses it (Devlin et al. 2019), lower-cased, padded to one length.
 
-`train_wordpiece` makes a small tokenizer for toy worlds; the paper's models use `bert-base-uncased`. Knows nothing of
-networks.
+`train_wordpiece` makes a small tokenizer for toy worlds; the paper's models use `bert-base-uncased`, Stable Diffusion
+v1 the byte pairs of CLIP. Knows nothing of networks.
 """
 
 import os
@@ -23,16 +23,15 @@ _REMEDY = (
 
 
 class CaptionTokenizer:
-    """Captions to rows of exactly `max_length` ids: [CLS], the pieces (cut where too many), [SEP], [PAD] to the end.
+    """Captions to rows of exactly `max_length` ids: first token, pieces (cut where too many), last token, padding.
 
     Settings are fixed when it is made, so `__call__` may run in several threads at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, *, pad: str) -> None:
         """`tokenizer` is taken over: its truncation and padding are set here."""
-        _require_special_tokens(tokenizer.get_vocab())
         tokenizer.enable_truncation(max_length)
-        tokenizer.enable_padding(length=max_length, pad_id=tokenizer.token_to_id(PAD), pad_token=PAD)
+        tokenizer.enable_padding(length=max_length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
         self._tokenizer = tokenizer
 
     @property
@@ -56,7 +55,23 @@ def load_tokenizer(source: str, max_length: int) -> CaptionTokenizer:
     raises  FileNotFoundError where `source` is none of these, or the hub cannot be reached; ValueError where the file
             is no tokenizer
     """
-    return CaptionTokenizer(_read(source), max_length)
+    tokenizer = _read(source)
+    _require_special_tokens(tokenizer.get_vocab())
+    return CaptionTokenizer(tokenizer, max_length, pad=PAD)
+
+
+def load_clip_tokenizer(model: str, max_length: int) -> CaptionTokenizer:
+    """CLIP's tokenizer, which pads with its last token, from a directory or the Hugging Face hub.
+
+    raises  OSError or ValueError where `model` is neither
+    """
+    from transformers import CLIPTokenizer  # seconds to import, and most runs do without
+
+    theirs = CLIPTokenizer.from_pretrained(model)
+    # A copy: transformers sets truncation and padding on its own object at every call, and threads share ours.
+    return CaptionTokenizer(
+        Tokenizer.from_str(theirs.backend_tokenizer.to_str()), max_length, pad=str(theirs.pad_token)
+    )
 
 
 def _read(source: str) -> Tokenizer:

@@ -15,7 +15,17 @@ from itertools import permutations
 import numpy as np
 from scipy import ndimage
 
-from ldm_scale.images.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Scene, Thing, coverage
+from ldm_scale.images.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    circle_radius,
+    coverage,
+)
 from ldm_scale.images.scenes import parse_caption as parse
 
 _CHROMA = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(3) / 2, -math.sqrt(3) / 2]])  # removes grey
@@ -23,8 +33,7 @@ _COLOUR_CHROMA = np.array(list(COLOURS.values())) @ _CHROMA.T  # (K, 2)
 _LENGTHS = np.linalg.norm(_COLOUR_CHROMA, axis=1)
 _DIRECTIONS = _COLOUR_CHROMA / _LENGTHS[:, None]
 _EDGE = 0.5  # coverage above which a pixel belongs to a thing
-_SMALLEST = 0.3 * SHAPES["triangle"].area * SIZES["small"] ** 2  # share of the image; anything less is a speck
-_LARGER = math.sqrt(SIZES["small"] * SIZES["large"])  # radius between small and large
+_SMALLEST = 0.3 * SHAPES["triangle"].area * circle_radius("small", things=2) ** 2  # share of the image: else a speck
 _POOREST_FIT = 0.6  # overlap below which a thing has none of the shapes
 _SOFTNESS = (0.0, 0.75 / 32, 1.5 / 32)  # blurs at which outlines are compared: deviations, shares of the side
 
@@ -176,10 +185,15 @@ def _read_thing(region: _Region, regions: list[_Region], along_KHW: np.ndarray) 
     return SeenThing(
         colour=list(COLOURS)[region.colour],
         shape=shape if best.overlap >= _POOREST_FIT else None,
-        size="large" if best.radius > _LARGER else "small",
+        size=_size(best.radius, len(regions)),
         x=best.x,
         y=best.y,
     )
+
+
+def _size(radius: float, things: int) -> str:
+    middle = math.sqrt(circle_radius("small", things) * circle_radius("large", things))
+    return "large" if radius > middle else "small"
 
 
 @dataclass(frozen=True, slots=True)

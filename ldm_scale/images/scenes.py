@@ -28,18 +28,20 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
 """RGB of each colour before jitter; far apart in hue, so that blur against any background keeps them apart."""
 BACKGROUNDS: Mapping[str, int] = {"white": 248, "grey": 144, "black": 12}
 """Grey level of each background before jitter."""
-SIZES: Mapping[str, float] = {"small": 0.15, "large": 0.19}
-"""Radius of a circle of that size, as a share of the image's side; the other shapes look as large."""
+SIZES: Mapping[str, float] = {"small": 0.18, "large": 0.24}
+"""Radius of a circle of that size that is alone, as a share of the image's side; the other shapes look as large."""
+PAIR_SCALE = 0.79
+"""Each of two things is drawn so much smaller than one that is alone."""
 PLACES: Mapping[str, tuple[float, float]] = {
-    "at the top left": (0.25, 0.25),
-    "at the top": (0.5, 0.25),
-    "at the top right": (0.75, 0.25),
-    "at the left": (0.25, 0.5),
+    "at the top left": (0.3, 0.3),
+    "at the top": (0.5, 0.3),
+    "at the top right": (0.7, 0.3),
+    "at the left": (0.3, 0.5),
     "in the centre": (0.5, 0.5),
-    "at the right": (0.75, 0.5),
-    "at the bottom left": (0.25, 0.75),
-    "at the bottom": (0.5, 0.75),
-    "at the bottom right": (0.75, 0.75),
+    "at the right": (0.7, 0.5),
+    "at the bottom left": (0.3, 0.7),
+    "at the bottom": (0.5, 0.7),
+    "at the bottom right": (0.7, 0.7),
 }
 """Centre (x, y) of a single thing."""
 RELATIONS: Mapping[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -227,7 +229,7 @@ class Scene:
                     thing,
                     x=x + _POSITION_JITTER * own[0],
                     y=y + _POSITION_JITTER * own[1],
-                    radius=SIZES[thing.size] * (1 + _SIZE_JITTER * own[2]),
+                    radius=circle_radius(thing.size, len(self.things)) * (1 + _SIZE_JITTER * own[2]),
                     rgb=(np.array(COLOURS[thing.colour]) + _COLOUR_JITTER * own[3:]).astype(np.float32),
                 )
             )
@@ -239,6 +241,11 @@ class Scene:
         dx, dy = RELATIONS[self.where]
         x, y = 0.5 + _PAIR_DRIFT * drift * abs(dy), 0.5 + _PAIR_DRIFT * drift * abs(dx)
         return [(x + _PAIR_REACH * dx, y + _PAIR_REACH * dy), (x - _PAIR_REACH * dx, y - _PAIR_REACH * dy)]
+
+
+def circle_radius(size: str, things: int) -> float:
+    """Radius of a circle of that size in a scene of so many things, as a share of the image's side."""
+    return SIZES[size] * (PAIR_SCALE if things == 2 else 1)
 
 
 def coverage(shape: str, x: float, y: float, radius: float, size: int) -> np.ndarray:

@@ -23,13 +23,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from ldm_scale.conditioning.base import ConditionerConfig
+from ldm_scale.conditioning.class_label import ClassLabelConfig
+from ldm_scale.conditioning.clip_text import ClipTextConfig
+from ldm_scale.conditioning.layout import LayoutConfig
+from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import DataConfig
 from ldm_scale.first_stage.base import FirstStageConfig
+from ldm_scale.first_stage.identity import IdentityConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
 from ldm_scale.first_stage.loss import AutoencoderLossConfig
+from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.latent_diffusion.model import DiffusionConfig, LatentDiffusionConfig
 from ldm_scale.nn.unet import UNetConfig
 from ldm_scale.samplers.base import SamplerConfig
@@ -186,6 +192,13 @@ class Experiment:
         return LatentDiffusionConfig(unet=self.unet, conditioning=self.conditioning, diffusion=self.diffusion)
 
 
+_UNTRAINED_FIRST_STAGES: Mapping[type, str] = {
+    AutoencoderVQConfig: "its codebook and adversarial losses are to come",
+    IdentityConfig: "it has no weights",
+}
+_UNTRAINED_CONDITIONERS = (ClassLabelConfig, ClipTextConfig, ConcatConfig, LabelMapConfig, LayoutConfig)
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainJob(Experiment):
     """`train.py`."""
@@ -195,6 +208,17 @@ class TrainJob(Experiment):
 
     def __post_init__(self) -> None:
         Experiment.__post_init__(self)
+        if self.trains_first_stage and type(self.first_stage) in _UNTRAINED_FIRST_STAGES:
+            raise ValueError(
+                f"first_stage={_kind_of(self.first_stage)} cannot be trained: "
+                f"{_UNTRAINED_FIRST_STAGES[type(self.first_stage)]}. KL first stages can: +experiment=autoencoder_kl_f4"
+            )
+        if type(self.conditioning) in _UNTRAINED_CONDITIONERS:
+            raise ValueError(
+                f"conditioning={_kind_of(self.conditioning)} cannot be trained yet: batches carry no other condition "
+                "than captions for a text_transformer. These can: +experiment=txt2img_laion, "
+                "+experiment=uncond_lsun_churches"
+            )
         if self.trains_first_stage and self.first_stage.checkpoint is not None:
             raise ValueError(
                 f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage, from fresh "
@@ -299,9 +323,16 @@ def register(group: str, kind: str, config: type) -> None:
 _KINDS: dict[str, dict[str, type]] = {}
 for _group, _kind, _config in (
     ("first_stage", "autoencoder_kl", AutoencoderKLConfig),
+    ("first_stage", "autoencoder_vq", AutoencoderVQConfig),
+    ("first_stage", "identity", IdentityConfig),
     ("autoencoder_loss", "autoencoder_loss", AutoencoderLossConfig),
     ("unet", "unet", UNetConfig),
     ("conditioning", "text_transformer", TextTransformerConfig),
+    ("conditioning", "clip_text", ClipTextConfig),
+    ("conditioning", "class_label", ClassLabelConfig),
+    ("conditioning", "layout", LayoutConfig),
+    ("conditioning", "label_map", LabelMapConfig),
+    ("conditioning", "concat", ConcatConfig),
     ("diffusion", "diffusion", DiffusionConfig),
     ("sampler", "ddim", DDIMConfig),
     ("data", "data", DataConfig),
@@ -458,13 +489,19 @@ def to_plain(config: Any) -> Any:
     """A config dataclass as JSON values; each registered part names its `schema`, for `from_plain`."""
     if dataclasses.is_dataclass(config):
         values = {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        schemas = [kind for kinds in _KINDS.values() for kind, known in kinds.items() if known is type(config)]
-        return {"schema": schemas[0], **values} if schemas else values
+        kind = _kind_of(config)
+        return {"schema": kind, **values} if kind is not None else values
     if isinstance(config, Enum):
         return config.name
     if isinstance(config, Mapping):
         return {key: to_plain(value) for key, value in config.items()}
     return [to_plain(value) for value in config] if isinstance(config, list) else config
+
+
+def _kind_of(config: Any) -> str | None:
+    """The name that the class of a part was registered by; None for what is no part."""
+    kinds = (kind for known in _KINDS.values() for kind, one in known.items() if one is type(config))
+    return next(kinds, None)
 
 
 def from_plain(group: str, values: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ FREE = (
     "amend", "batch_fit", "conditioning.tokenizer", "data.images", "data.index_dir", "data.latents", "data.threads",
     "data.validation", "engine.kind", "engine.precision", "evaluation", "every", "first_stage.checkpoint", "imports",
     "keep_every", "keep_last", "micro_batch", "name", "paths", "run_dir", "sampler", "tracker",
+    "unet.activation_checkpointing",
 )
 FROZEN = (
     "autoencoder_loss", "conditioning", "data.task", "data.transform", "diffusion", "ema_half_lives", "experiment",

@@ -1,4 +1,4 @@
-"""Captions in, images out: conditions, noise, sampler, first stage.
+"""Captions or other conditions in, images out: conditioner, noise, sampler, first stage.
 
 The noise of an image has its own stream, (seed, index), so a picture depends neither on the batch it is made in nor on
 how many processes share the work.
@@ -8,6 +8,7 @@ Shape letters: B batch, C channels, H W height and width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ldm_scale.samplers.base import SamplerConfig, guided_denoiser
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generator:
-    """Draws images of captions.
+    """Draws images of captions, classes, maps ...: of what the model's conditioner prepares.
 
     latent_scale  what unscaled latents were multiplied by in training; undone before decoding
     size          side of the images, pixels
@@ -34,33 +35,34 @@ class Generator:
     seed: int
 
     @torch.no_grad()
-    def images(self, captions: Sequence[str], indices: Sequence[int]) -> Tensor:
-        """One image a caption, (B, 3, size, size) in [-1, 1] on the model's device; the i-th uses stream indices[i]."""
+    def images(self, conditions: Sequence[Any], indices: Sequence[int]) -> Tensor:
+        """One image a condition, (B, 3, size, size) in [-1, 1], on the model's device; image i of stream indices[i]."""
         device = next(self.model.parameters()).device
         index_B = torch.tensor(indices, dtype=torch.int64, device=device)
         z_T_BCHW = rng.normal(self.seed, "sample/start", index_B, self.first_stage.config.latent_shape(self.size))
         z_BCHW = self.sampler.build(self.model.schedule)(
-            self._denoiser(captions, device),
+            self._denoiser(conditions, device),
             z_T_BCHW,
             noise=lambda step, like: rng.normal(self.seed, f"sample/step {step}", index_B, tuple(like.shape[1:])),
         )
         return self.first_stage.decode(z_BCHW / self.latent_scale).clamp(-1, 1)
 
-    def batches(self, captions: Sequence[str], batch: int, first_index: int = 0) -> Iterator[Tensor]:
-        """Images of any number of captions, `batch` at a time; caption i is image first_index + i."""
-        for start in range(0, len(captions), batch):
-            part = captions[start : start + batch]
+    def batches(self, conditions: Sequence[Any], batch: int, first_index: int = 0) -> Iterator[Tensor]:
+        """Images of any number of conditions, `batch` at a time; condition i is image first_index + i."""
+        for start in range(0, len(conditions), batch):
+            part = conditions[start : start + batch]
             yield self.images(part, range(first_index + start, first_index + start + len(part)))
 
-    def _denoiser(self, captions: Sequence[str], device: torch.device) -> Callable[[Tensor, int], Tensor]:
-        """The guided denoiser for these captions; the conditioner runs once, not once a step."""
+    def _denoiser(self, conditions: Sequence[Any], device: torch.device) -> Callable[[Tensor, int], Tensor]:
+        """The guided denoiser for these conditions; the conditioner runs once, not once a step."""
         conditioner = self.model.conditioner
-        conditional: dict[str, Tensor] = {}
-        unconditional: dict[str, Tensor] = {}
-        if conditioner is not None:
-            conditional = self.model.conditions(conditioner.prepare(list(captions)).to(device))
-            unconditional = self.model.conditions(conditioner.null_inputs(len(captions)).to(device))
-        scale = self.sampler.guidance if conditional else 1.0
-        return guided_denoiser(
-            self.model.network, self.model.schedule, self.model.objective, conditional, unconditional, scale
-        )
+        parts = (self.model.network, self.model.schedule, self.model.objective)
+        if conditioner is None:
+            return guided_denoiser(*parts, {})
+        inputs = conditioner.prepare(conditions).to(device)
+        conditional = self.model.conditions(inputs)
+        if self.sampler.guidance == 1:
+            return guided_denoiser(*parts, conditional)
+        everywhere = torch.ones(len(inputs), dtype=torch.bool, device=device)
+        unconditional = self.model.conditions(conditioner.dropped(inputs, everywhere))
+        return guided_denoiser(*parts, conditional, unconditional, self.sampler.guidance)

@@ -53,12 +53,7 @@ class LatentDiffusion(nn.Module):
         self.objective = config.diffusion.objective.build()
         self.unet = config.unet.build()
         self.conditioner = conditioner
-        given = conditioner.context_dim if conditioner is not None else 0
-        if given != config.unet.context_dim:
-            raise ValueError(
-                f"unet.context_dim={config.unet.context_dim}, but the conditioner gives context of width {given}: make "
-                "them equal"
-            )
+        _require_widths(config.unet, conditioner)
 
     def conditions(self, inputs: Tensor | None) -> dict[str, Tensor]:
         """What the U-Net is told besides the latent, by `network`'s arguments; empty for an unconditional model.
@@ -80,8 +75,9 @@ class LatentDiffusion(nn.Module):
         concat_BCHW: Tensor | None = None,
         vector_BE: Tensor | None = None,
     ) -> Tensor:
-        """What the U-Net says of noisy latents, (B, C, H, W)."""
+        """What the U-Net says of noisy latents, (B, C, H, W); `concat_BCHW` may be 1 x 1, the same everywhere."""
         if concat_BCHW is not None:
+            concat_BCHW = concat_BCHW.expand(-1, -1, *z_BCHW.shape[2:])
             z_BCHW = torch.cat((z_BCHW, concat_BCHW), dim=1)
         return self.unet(z_BCHW, t_B, context_BLD, vector_BE)
 
@@ -97,3 +93,27 @@ class LatentDiffusion(nn.Module):
         z_t_BCHW = alpha * z_0_BCHW + sigma * noise_BCHW
         out_BCHW = self.network(z_t_BCHW, t_B, **self.conditions(inputs))
         return self.objective.per_sample_loss(out_BCHW, self.objective.target(z_0_BCHW, noise_BCHW, alpha, sigma))
+
+
+def _require_widths(unet: UNetConfig, conditioner: Conditioner | None) -> None:
+    """Refuse a U-Net that reads other conditions than its conditioner gives.
+
+    raises  ValueError naming the key of the U-Net, and the value that fits
+    """
+    context, concat, vector = (
+        (conditioner.context_dim, conditioner.concat_channels, conditioner.vector_dim)
+        if conditioner is not None
+        else (0, 0, 0)
+    )
+    for key, value, fits, why in (
+        ("context_dim", unet.context_dim, context, f"the conditioner gives context of width {context}"),
+        (
+            "in_channels",
+            unet.in_channels,
+            unet.out_channels + concat,
+            f"the latent has unet.out_channels={unet.out_channels} and the conditioner appends {concat}",
+        ),
+        ("vector_dim", unet.vector_dim, vector, f"the conditioner gives a vector of width {vector}"),
+    ):
+        if value != fits:
+            raise ValueError(f"unet.{key}={value}, but {why}: set it to {fits}, or choose another conditioner")

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ldm_scale.nn.blocks import zero_parameters
+from ldm_scale.nn.blocks import GroupNorm, LayerNorm, Pointwise, zero_parameters
 
 TRANSFORMER_NORM_EPS = 1e-6  # the group norm before a spatial transformer; facts.md 5.2
 
@@ -63,7 +63,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, heads: int, groups: int, eps: float, zero_init: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.group_norm = GroupNorm(groups, channels, eps=eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -108,11 +108,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, *, context_dim: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, context_dim=width, heads=heads, bias=False)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, context_dim=context_dim, heads=heads, bias=False)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x_BLC: Tensor, context_BMD: Tensor) -> Tensor:
@@ -127,12 +127,12 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, *, depth: int, context_dim: int, heads: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=TRANSFORMER_NORM_EPS)
-        self.proj_in = nn.Conv2d(channels, channels, kernel_size=1)
+        self.norm = GroupNorm(groups, channels, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in = Pointwise(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_dim=context_dim, heads=heads) for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = Pointwise(channels, channels)
         zero_parameters(self.proj_out)
 
     def forward(self, x_BCHW: Tensor, context_BMD: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ diffusers' AutoencoderKL (`encoder.down_blocks.0.resnets.0.norm1 ...`).
 Shape letters: B batch, C channels, H W height and width. The factor between image and latent is f = 2^(levels - 1).
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm_scale.nn.attention import AttentionBlock
-from ldm_scale.nn.blocks import DownsampleRightBottom, ResnetBlock, Upsample
+from ldm_scale.nn.blocks import DownsampleRightBottom, GroupNorm, ResnetBlock, Upsample
 
 NORM_EPS = 1e-6  # of every group norm here; facts.md 5.2
 
@@ -20,7 +21,8 @@ class Encoder(nn.Module):
 
     widths             channels of each level, from the image's resolution down
     num_res_blocks     residual blocks a level
-    attention_factors  downsampling factors of the levels that have attention; the middle always has it
+    attention_factors  downsampling factors of the levels that have attention
+    mid_attention      False: the middle has two residual blocks and no attention (vq-f4-noattn)
     groups             of every group norm; must divide every width
     """
 
@@ -33,6 +35,7 @@ class Encoder(nn.Module):
         num_res_blocks: int,
         attention_factors: list[int],
         groups: int,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1)
@@ -42,13 +45,13 @@ class Encoder(nn.Module):
             if level < len(widths) - 1:
                 block.downsamplers.append(DownsampleRightBottom(width))
             self.down_blocks.append(block)
-        self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.mid_block = MidBlock(widths[-1], attention=mid_attention, groups=groups)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H / f, W / f)."""
-        h_BCHW = self.conv_in(x_BCHW)
+        h_BCHW = self.conv_in(x_BCHW.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             h_BCHW = block(h_BCHW)
         out_BCHW: Tensor = self.conv_out(functional.silu(self.conv_norm_out(self.mid_block(h_BCHW))))
@@ -70,10 +73,11 @@ class Decoder(nn.Module):
         num_res_blocks: int,
         attention_factors: list[int],
         groups: int,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[-1], kernel_size=3, padding=1)
-        self.mid_block = MidBlock(widths[-1], groups)
+        self.mid_block = MidBlock(widths[-1], attention=mid_attention, groups=groups)
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             below = widths[min(level + 1, len(widths) - 1)]
@@ -82,12 +86,12 @@ class Decoder(nn.Module):
             if level:
                 block.upsamplers.append(Upsample(widths[level]))
             self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], out_channels, kernel_size=3, padding=1)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, f H, f W)."""
-        h_BCHW = self.mid_block(self.conv_in(z_BCHW))
+        h_BCHW = self.mid_block(self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last)))
         for block in self.up_blocks:
             h_BCHW = block(h_BCHW)
         out_BCHW: Tensor = self.conv_out(functional.silu(self.conv_norm_out(h_BCHW)))
@@ -117,15 +121,18 @@ class Level(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention if any, residual block at the lowest resolution."""
 
-    def __init__(self, width: int, groups: int) -> None:
+    def __init__(self, width: int, *, attention: bool, groups: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups=groups, eps=NORM_EPS) for _ in range(2))
-        self.attentions = nn.ModuleList([_attention(width, groups)])
+        self.attentions = nn.ModuleList([_attention(width, groups)] if attention else [])
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
-        out_BCHW: Tensor = self.resnets[1](self.attentions[0](self.resnets[0](h_BCHW)))
+        h_BCHW = self.resnets[0](h_BCHW)
+        for attention in self.attentions:
+            h_BCHW = attention(h_BCHW)
+        out_BCHW: Tensor = self.resnets[1](h_BCHW)
         return out_BCHW
 
 

@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, H W height and width, E embedding width, F w
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,40 @@ class Embedding(nn.Module):
         return out
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm that hands on the type it was given, in channels_last; statistics are float32 inside.
+
+    Autocast on a GPU makes norms answer in float32, and the GPU's kernel in NCHW: every activation behind them, up to
+    the next product, would be twice as large and in the layout that convolutions have to copy.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW).to(dtype=x_BCHW.dtype, memory_format=torch.channels_last)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that hands on the type it was given, under autocast too; statistics are float32 inside."""
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return super().forward(x_BLC).to(x_BLC.dtype)
+
+
+class Pointwise(nn.Conv2d):
+    """1x1 convolution as a matrix product over pixels: channels_last in and out, gradients laid out as the weights."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return functional.linear(x_BCHW.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 class ResnetBlock(nn.Module):
     """Norm, SiLU, conv; plus the embedding; norm, SiLU, dropout, conv; plus the input.
 
-    embedding_dim  width of the embedding added between the convolutions; 0: none
+    embedding_dim  width of the embedding read between the convolutions; 0: none
+    scale_shift    the embedding scales and shifts the second norm (Dhariwal & Nichol 2021), instead of being added
+    resample       `halve` or `double`: of the input and of what its norm and SiLU give; None: same resolution
     zero_init      of the second convolution, so that the block starts as its skip connection
     """
 
@@ -53,30 +84,56 @@ class ResnetBlock(nn.Module):
         groups: int,
         eps: float,
         embedding_dim: int = 0,
+        scale_shift: bool = False,
+        resample: Callable[[Tensor], Tensor] | None = None,
         dropout: float = 0.0,
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.scale_shift, self.resample = scale_shift, resample
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_dim, out_channels) if embedding_dim else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        projected = 2 * out_channels if scale_shift else out_channels
+        self.time_emb_proj = nn.Linear(embedding_dim, projected) if embedding_dim else None
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         changes_width = in_channels != out_channels
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1) if changes_width else None
+        self.conv_shortcut = Pointwise(in_channels, out_channels) if changes_width else None
         if zero_init:
             zero_parameters(self.conv2)
 
     def forward(self, x_BCHW: Tensor, activated_BE: Tensor | None = None) -> Tensor:
         """`activated_BE` is SiLU(embedding), which the U-Net computes once for all its blocks."""
-        h_BCHW = self.conv1(functional.silu(self.norm1(x_BCHW)))
-        if self.time_emb_proj is not None:
-            h_BCHW = h_BCHW + self.time_emb_proj(activated_BE)[:, :, None, None]
-        h_BCHW = self.conv2(self.dropout(functional.silu(self.norm2(h_BCHW))))
+        h_BCHW = functional.silu(self.norm1(x_BCHW))
+        if self.resample is not None:
+            h_BCHW, x_BCHW = self.resample(h_BCHW), self.resample(x_BCHW)
+        h_BCHW = self._norm2(self.conv1(h_BCHW), activated_BE)
+        h_BCHW = self.conv2(self.dropout(functional.silu(h_BCHW)))
         if self.conv_shortcut is not None:
             x_BCHW = self.conv_shortcut(x_BCHW)
         return x_BCHW + h_BCHW
+
+    def _norm2(self, h_BCHW: Tensor, activated_BE: Tensor | None) -> Tensor:
+        """The second norm, with the embedding added before it, or scaling and shifting what it gives."""
+        if self.time_emb_proj is None:
+            out_BCHW: Tensor = self.norm2(h_BCHW)
+            return out_BCHW
+        embedded_BC11 = self.time_emb_proj(activated_BE)[:, :, None, None]
+        if not self.scale_shift:
+            return self.norm2(h_BCHW + embedded_BC11)
+        scale_BC11, shift_BC11 = embedded_BC11.chunk(2, dim=1)
+        return self.norm2(h_BCHW) * (1 + scale_BC11) + shift_BC11
+
+
+def halve(x_BCHW: Tensor) -> Tensor:
+    """Half the height and width: the mean of every 2 x 2 pixels."""
+    return functional.avg_pool2d(x_BCHW, kernel_size=2)
+
+
+def double(x_BCHW: Tensor) -> Tensor:
+    """Twice the height and width: the nearest pixel."""
+    return functional.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
@@ -86,7 +143,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, activated_BE: Tensor | None = None) -> Tensor:
+        """`activated_BE` is not read: a U-Net calls its resamplers alike, and a residual one reads it."""
         out: Tensor = self.conv(x_BCHW)
         return out
 
@@ -110,8 +168,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.conv(functional.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+    def forward(self, x_BCHW: Tensor, activated_BE: Tensor | None = None) -> Tensor:
+        """`activated_BE` is not read: a U-Net calls its resamplers alike, and a residual one reads it."""
+        out: Tensor = self.conv(double(x_BCHW))
         return out
 
 

@@ -7,18 +7,23 @@ Shape letters: B batch, C channels, H W latent height and width, L context token
 conditioning vector, E embedding width (4 x model_channels).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ldm_scale.nn.attention import AttentionBlock, SpatialTransformer
 from ldm_scale.nn.blocks import (
     Downsample,
     Embedding,
+    GroupNorm,
     ResnetBlock,
     Upsample,
+    double,
+    halve,
     require_group_widths,
     require_reached,
     timestep_waves,
@@ -26,6 +31,7 @@ from ldm_scale.nn.blocks import (
 )
 
 NORM_EPS = 1e-5  # of residual blocks, attention blocks and the output norm; facts.md 5.2
+BLOCK_KINDS = ("resnet", "attention")  # what activation checkpointing can be asked for
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +64,12 @@ class UNetConfig:
     """Probability of zeroing an activation before the last convolution of a residual block."""
     norm_groups: int = 32
     """Groups of every group norm; must divide every width."""
+    scale_shift_norm: bool = False
+    """The embedding scales and shifts the second norm of a residual block, instead of being added before it."""
+    residual_resampling: bool = False
+    """Levels are joined by residual blocks that average or repeat pixels inside, instead of by one convolution."""
+    activation_checkpointing: list[str] = field(default_factory=list)
+    """Kinds of blocks recomputed in the backward pass instead of kept: `resnet` (resamplers too), `attention`."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -81,6 +93,12 @@ class UNetConfig:
         require_reached("unet.attention_factors", self.attention_factors, len(self.channel_mult))
         require_group_widths("unet.norm_groups", self.norm_groups, self.widths)
         self._check_heads()
+        kinds = self.activation_checkpointing
+        if not set(kinds) <= set(BLOCK_KINDS) or len(set(kinds)) != len(kinds):
+            raise ValueError(
+                f"unet.activation_checkpointing={kinds}; choose, each once, from the kinds of blocks: "
+                f"{', '.join(BLOCK_KINDS)}"
+            )
 
     def _check_heads(self) -> None:
         if (self.num_heads > 0) == (self.head_channels > 0) or min(self.num_heads, self.head_channels) < 0:
@@ -129,7 +147,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(config, level, skips))
         assert not skips
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS)
+        self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
         zero_parameters(self.conv_out)
 
@@ -148,7 +166,7 @@ class UNet(nn.Module):
         """
         self._check(z_BCHW, context_BLD, vector_BE)
         activated_BE = functional.silu(self._embedding(t_B, vector_BE, z_BCHW.dtype))
-        h_BCHW = self.conv_in(z_BCHW)
+        h_BCHW = self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last))
         skips = [h_BCHW]
         for down in self.down_blocks:
             h_BCHW = down(h_BCHW, activated_BE, context_BLD, skips)
@@ -199,18 +217,20 @@ class DownBlock(nn.Module):
             skips.append(width)
         self.downsamplers = nn.ModuleList()
         if level < len(config.channel_mult) - 1:
-            self.downsamplers.append(Downsample(width))
+            residual = config.residual_resampling
+            self.downsamplers.append(_resnet(config, width, width, halve) if residual else Downsample(width))
             skips.append(width)
+        self.recomputed = config.activation_checkpointing
 
     def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context_BLD: Tensor | None, skips: list[Tensor]) -> Tensor:
         """Pushes on `skips` what every residual block and the downsampler give; returns the last of them."""
         for index, resnet in enumerate(self.resnets):
-            h_BCHW = resnet(h_BCHW, activated_BE)
+            h_BCHW = _run(resnet, "resnet" in self.recomputed, h_BCHW, activated_BE)
             if self.attentions:
-                h_BCHW = self.attentions[index](h_BCHW, context_BLD)
+                h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context_BLD)
             skips.append(h_BCHW)
         for downsample in self.downsamplers:
-            h_BCHW = downsample(h_BCHW)
+            h_BCHW = _run(downsample, "resnet" in self.recomputed, h_BCHW, activated_BE)
             skips.append(h_BCHW)
         return h_BCHW
 
@@ -223,12 +243,12 @@ class MidBlock(nn.Module):
         width = config.widths[-1]
         self.resnets = nn.ModuleList(_resnet(config, width, width) for _ in range(2))
         self.attentions = nn.ModuleList([_attention(config, width)])
+        self.recomputed = config.activation_checkpointing
 
     def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context_BLD: Tensor | None) -> Tensor:
-        h_BCHW = self.resnets[0](h_BCHW, activated_BE)
-        h_BCHW = self.attentions[0](h_BCHW, context_BLD)
-        out_BCHW: Tensor = self.resnets[1](h_BCHW, activated_BE)
-        return out_BCHW
+        h_BCHW = _run(self.resnets[0], "resnet" in self.recomputed, h_BCHW, activated_BE)
+        h_BCHW = _run(self.attentions[0], "attention" in self.recomputed, h_BCHW, context_BLD)
+        return _run(self.resnets[1], "resnet" in self.recomputed, h_BCHW, activated_BE)
 
 
 class UpBlock(nn.Module):
@@ -244,26 +264,46 @@ class UpBlock(nn.Module):
             self.resnets.append(_resnet(config, (width if index else below) + skips.pop(), width))
             if has_attention:
                 self.attentions.append(_attention(config, width))
-        self.upsamplers = nn.ModuleList([Upsample(width)] if level else [])
+        self.upsamplers = nn.ModuleList()
+        if level:
+            residual = config.residual_resampling
+            self.upsamplers.append(_resnet(config, width, width, double) if residual else Upsample(width))
+        self.recomputed = config.activation_checkpointing
 
     def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context_BLD: Tensor | None, skips: list[Tensor]) -> Tensor:
         """Pops from `skips` one feature map for every residual block."""
         for index, resnet in enumerate(self.resnets):
-            h_BCHW = resnet(torch.cat((h_BCHW, skips.pop()), dim=1), activated_BE)
+            h_BCHW = torch.cat((h_BCHW, skips.pop()), dim=1)
+            h_BCHW = _run(resnet, "resnet" in self.recomputed, h_BCHW, activated_BE)
             if self.attentions:
-                h_BCHW = self.attentions[index](h_BCHW, context_BLD)
+                h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context_BLD)
         for upsample in self.upsamplers:
-            h_BCHW = upsample(h_BCHW)
+            h_BCHW = _run(upsample, "resnet" in self.recomputed, h_BCHW, activated_BE)
         return h_BCHW
 
 
-def _resnet(config: UNetConfig, in_channels: int, out_channels: int) -> ResnetBlock:
+def _run(block: nn.Module, recompute: bool, h_BCHW: Tensor, condition: Tensor | None) -> Tensor:
+    """The block's output. Where `recompute`, the backward pass runs the block again (same dropout, same autocast) and
+    only its inputs are kept until then.
+    """
+    if recompute and torch.is_grad_enabled():
+        recomputed_BCHW: Tensor = checkpoint(block, h_BCHW, condition, use_reentrant=False)
+        return recomputed_BCHW
+    out_BCHW: Tensor = block(h_BCHW, condition)
+    return out_BCHW
+
+
+def _resnet(
+    config: UNetConfig, in_channels: int, out_channels: int, resample: Callable[[Tensor], Tensor] | None = None
+) -> ResnetBlock:
     return ResnetBlock(
         in_channels,
         out_channels,
         groups=config.norm_groups,
         eps=NORM_EPS,
         embedding_dim=4 * config.model_channels,
+        scale_shift=config.scale_shift_norm,
+        resample=resample,
         dropout=config.dropout,
         zero_init=True,
     )

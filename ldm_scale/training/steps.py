@@ -71,8 +71,11 @@ class DiffusionStep:
         """The conditioner's inputs, some replaced by its null inputs."""
         if self._conditioner is None or batch.inputs is None:
             return None
+        inputs = batch.inputs.to(self._engine.device, non_blocking=True)
+        if self._conditioner.dropout == 0:
+            return inputs
         drop_B = rng.uniform(self._seed, "diffusion/dropout", positions_B) < self._conditioner.dropout
-        return self._conditioner.dropped(batch.inputs.to(self._engine.device, non_blocking=True), drop_B)
+        return self._conditioner.dropped(inputs, drop_B)
 
 
 class AutoencoderStep:

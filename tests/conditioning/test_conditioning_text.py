@@ -67,6 +67,11 @@ def test_only_weights_are_saved_and_copies_work(conditioner: TextConditioner):
     assert torch.equal(copied.prepare(CAPTIONS), conditioner.prepare(CAPTIONS))
 
 
+def test_what_is_no_caption_is_refused(conditioner: TextConditioner):
+    with pytest.raises(ValueError, match=r"^condition 3 is no caption"):
+        conditioner.prepare(["a red circle", 3])
+
+
 def test_a_tokenizer_of_another_size_is_refused(tokenizer: str):
     conditioner = TextTransformerConfig(**(SHAPE | {"vocab_size": 65}), tokenizer=tokenizer).build()
     with pytest.raises(ValueError, match=r"conditioning\.vocab_size=65, but conditioning\.tokenizer=.* has 64 tokens"):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm_scale.nn.attention import GEGLU, attend, to_image, to_tokens
-from ldm_scale.nn.blocks import DownsampleRightBottom, require_group_widths, require_reached, timestep_waves
+from ldm_scale.nn.blocks import DownsampleRightBottom, Pointwise, require_group_widths, require_reached, timestep_waves
 
 
 def test_timestep_waves_have_the_reference_values():
@@ -57,6 +57,19 @@ def test_channels_last_images_become_tokens_without_a_copy():
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert to_tokens(image).is_contiguous()
     assert to_image(to_tokens(image).clone(), like=image).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_is_a_convolution_of_size_one(layout: torch.memory_format):
+    torch.manual_seed(0)
+    pointwise = Pointwise(6, 10)
+    image = torch.randn(2, 6, 4, 5).to(memory_format=layout)
+    expected = nn.functional.conv2d(image, pointwise.weight, pointwise.bias)
+    out = pointwise(image)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out.sum().backward()
+    assert pointwise.weight.grad.stride() == pointwise.weight.stride()  # or DDP copies it into its bucket, warning
 
 
 def test_first_stage_downsampling_pads_right_and_bottom_only():

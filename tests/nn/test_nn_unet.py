@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention as TheirAttention
 from torch import Tensor, nn
 
 from ldm_scale.nn.attention import AttentionBlock
@@ -17,13 +18,27 @@ CLASS_F8 = LATENT_32 | {"model_channels": 256, "channel_mult": [1, 2, 4], "head_
 LAYOUT = LATENT_64 | {"model_channels": 128, "channel_mult": [1, 2, 3, 4], "transformer_depth": 3}
 FACES = LATENT_64 | {"model_channels": 224, "channel_mult": [1, 2, 3, 4]}
 UPSCALE = LATENT_64 | {"in_channels": 6, "model_channels": 160, "channel_mult": [1, 2, 2, 4], "attention_factors": [8]}
+BY_COUNT = {"head_channels": 0, "num_heads": 8}
+CLASS_F4 = LATENT_64 | {"model_channels": 192, "channel_mult": [1, 2, 3, 5]}
+CHURCHES = LATENT_32 | {"model_channels": 192, "channel_mult": [1, 2, 2, 4, 4], "attention_factors": [8, 4, 2, 1]}
+INPAINTING = LATENT_64 | BY_COUNT | {"in_channels": 7, "model_channels": 256, "channel_mult": [1, 2, 3, 4]}
+RETRIEVAL = LATENT_32 | {"in_channels": 16, "out_channels": 16, "model_channels": 448, "channel_mult": [1, 2, 3, 4]}
 SEMANTIC = {"in_channels": 6, "out_channels": 3, "model_channels": 128, "channel_mult": [1, 4, 8], "num_heads": 8}
 PUBLISHED: dict[str, tuple[int, int, dict[str, Any]]] = {  # parameters and tensors of facts.md 2.2
     "txt2img-1p4B": (872_300_484, 686, STABLE | {"context_dim": 1280}),
     "SD v1": (859_520_964, 686, STABLE | {"context_dim": 768}),
     "cin256": (394_984_196, 626, CLASS_F8 | {"context_dim": 512}),
+    "cin256-v2": (400_920_579, 688, CLASS_F4 | {"head_channels": 0, "num_heads": 1, "context_dim": 512}),
+    "text2img256": (403_623_939, 688, CLASS_F4 | {"context_dim": 640}),
     "layout2img": (246_277_379, 1328, LAYOUT | {"context_dim": 512}),
     "celeba256": (274_056_163, 368, FACES),
+    "lsun_churches": (
+        294_966_916,
+        520,
+        CHURCHES | {"num_heads": 8, "scale_shift_norm": True, "residual_resampling": True},
+    ),
+    "inpainting_big": (387_245_827, 416, INPAINTING | {"residual_resampling": True}),
+    "RDM 768": (1_335_480_400, 688, RETRIEVAL | {"head_channels": 32, "context_dim": 768}),
     "bsr_sr": (113_622_563, 306, UPSCALE),
     "semantic": (215_229_315, 216, SEMANTIC),
 }
@@ -67,76 +82,78 @@ def test_sizes_are_the_published_ones(name: str):
     assert len(state) - 4 * split == tensors
 
 
-@torch.no_grad()
-def test_equals_diffusers_text_to_image_topology(randomise: Any):
-    """The levels of the 1.45B model, narrow: attention on three of four, cross-attention, eight heads, depth 2."""
-    config = toy(
-        channel_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
-        attention_factors=[4, 2, 1],
-        num_heads=8,
-        transformer_depth=2,
-    )
-    theirs = UNet2DConditionModel(
-        block_out_channels=(32, 64, 128, 128),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=8,  # the number of heads, by an old mistake of theirs
-        transformer_layers_per_block=2,
-        cross_attention_dim=24,
-        norm_num_groups=16,
-    )
-    randomise(theirs, 1)
-    ours = config.build().eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    z, t, context = inputs()
-    assert_same_output(ours(z, t, context), theirs(z, t, context).sample)
-
-    randomise(ours, 2)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert_same_output(ours(z, t, context), theirs(z, t, context).sample)
+PLAIN = {"context_dim": 0}
+WIDE_HEADS = {"num_heads": 0, "head_channels": 8}
+TEXT_TO_IMAGE = {"channel_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attention_factors": [4, 2, 1], "num_heads": 8}
+DEEP_PLAIN = PLAIN | {"channel_mult": [1, 2, 3], "attention_factors": [2, 1], "num_res_blocks": 2}
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "text_to_image": TEXT_TO_IMAGE | {"transformer_depth": 2},
+    "one_head": {"num_heads": 1, "transformer_depth": 3},
+    "head_width": WIDE_HEADS | {"channel_mult": [1, 3], "attention_factors": [2, 1]},
+    "concatenated_channels_and_vector": {"in_channels": 7, "vector_dim": 12},
+    "scale_shift_with_context": {"scale_shift_norm": True},
+    "plain": PLAIN | WIDE_HEADS,
+    "plain_head_count": DEEP_PLAIN,
+    "plain_attention_in_the_middle_only": PLAIN | {"in_channels": 6, "channel_mult": [1, 4], "attention_factors": []},
+    "churches": DEEP_PLAIN | {"scale_shift_norm": True, "residual_resampling": True},
+    "inpainting": PLAIN | WIDE_HEADS | {"in_channels": 7, "channel_mult": [1, 2, 2], "residual_resampling": True},
+}
 
 
-@torch.no_grad()
-def test_equals_diffusers_with_concatenated_channels_and_a_vector(randomise: Any):
-    theirs = UNet2DConditionModel(
-        in_channels=7,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=24,
-        norm_num_groups=16,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=12,
-    )
-    randomise(theirs, 3)
-    ours = toy(in_channels=7, vector_dim=12).build().eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    z, t, context = inputs(channels=7)
-    vector = torch.randn(3, 12)
-    assert_same_output(ours(z, t, context, vector), theirs(z, t, context, class_labels=vector).sample)
-
-
-@torch.no_grad()
-def test_equals_diffusers_without_context(randomise: Any):
+def oracle(config: UNetConfig) -> UNet2DModel | UNet2DConditionModel:
+    """The network of diffusers that has the shape of `config`."""
+    attended = [2**level in config.attention_factors for level in range(len(config.channel_mult))]
+    kind = "Attn" if config.context_dim == 0 else "CrossAttn"
+    down, up = ("ResnetDownsample", "ResnetUpsample") if config.residual_resampling else ("Down", "Up")
+    shape: dict[str, Any] = {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": tuple(config.widths),
+        "layers_per_block": config.num_res_blocks,
+        "norm_num_groups": config.norm_groups,
+        "down_block_types": tuple(f"{kind}DownBlock2D" if has else f"{down}Block2D" for has in attended),
+        "up_block_types": tuple(f"{kind}UpBlock2D" if has else f"{up}Block2D" for has in reversed(attended)),
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
+    }
+    heads = [config.num_heads or width // config.head_channels for width in config.widths]
+    if config.context_dim:
+        vector = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.vector_dim}
+        return UNet2DConditionModel(
+            **shape,
+            attention_head_dim=tuple(heads),  # the number of heads, by an old mistake of theirs
+            transformer_layers_per_block=config.transformer_depth,
+            cross_attention_dim=config.context_dim,
+            **(vector if config.vector_dim else {}),
+        )
+    resampling = "resnet" if config.residual_resampling else "conv"
     theirs = UNet2DModel(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **shape,
         attention_head_dim=8,
-        norm_num_groups=16,
+        attn_norm_num_groups=config.norm_groups,
+        downsample_type=resampling,
+        upsample_type=resampling,
         freq_shift=0,
     )
-    randomise(theirs, 4)
-    ours = toy(context_dim=0, num_heads=0, head_channels=8).build().eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    z, t, _ = inputs()
-    assert_same_output(ours(z, t), theirs(z, t).sample)
+    for module in theirs.modules():  # they can only be told a head's width, one for all levels
+        if isinstance(module, TheirAttention):
+            module.heads = config.num_heads or module.inner_dim // config.head_channels
+    return theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_equals_diffusers_both_ways(randomise: Any, name: str):
+    config = toy(**TOPOLOGIES[name])
+    ours, theirs = config.build().eval(), oracle(config).eval()
+    z, t, context = inputs(channels=config.in_channels)
+    vector = torch.randn(3, config.vector_dim) if config.vector_dim else None
+    for source, target, seed in ((theirs, ours, 1), (ours, theirs, 2)):
+        randomise(source, seed)
+        target.load_state_dict(source.state_dict(), strict=True)
+        if config.context_dim:
+            assert_same_output(ours(z, t, context, vector), theirs(z, t, context, class_labels=vector).sample)
+        else:
+            assert_same_output(ours(z, t), theirs(z, t).sample)
 
 
 @torch.no_grad()
@@ -229,6 +246,11 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Tensor | None], me
         ({"dropout": 1.0}, r"^unet\.dropout=1\.0"),
         ({"context_dim": -1}, r"^unet\.context_dim=-1"),
         ({"model_channels": 33}, r"^unet\.model_channels=33; must be even"),
+        (
+            {"activation_checkpointing": ["resnet", "conv"]},
+            r"^unet\.activation_checkpointing=\['resnet', 'conv'\]; choose, each once, .* resnet, attention",
+        ),
+        ({"activation_checkpointing": ["resnet", "resnet"]}, r"^unet\.activation_checkpointing=.*each once"),
     ],
 )
 def test_impossible_configurations_are_refused(changes: dict[str, Any], message: str):
@@ -237,12 +259,23 @@ def test_impossible_configurations_are_refused(changes: dict[str, Any], message:
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks(randomise: Any):
-    unet: nn.Module = randomise(toy().build(), 11)
-    z, t, context = inputs()
-    expected = unet(z, t, context)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"in_channels": 7, "vector_dim": 12},
+        PLAIN | {"scale_shift_norm": True, "residual_resampling": True},
+        {"activation_checkpointing": ["resnet", "attention"]},
+    ],
+    ids=["context_and_vector", "plain_residual", "recomputed"],
+)
+def test_compiles_without_graph_breaks(randomise: Any, changes: dict[str, Any]):
+    config = toy(**changes)
+    unet: nn.Module = randomise(config.build(), 11)
+    z, t, context = inputs(channels=config.in_channels)
+    given = (z, t, context if config.context_dim else None, torch.randn(3, 12) if config.vector_dim else None)
+    expected = unet(*given)
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
-    out = compiled(z, t, context)
+    out = compiled(*given)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     out.square().mean().backward()
     assert all(p.grad is not None for p in unet.parameters())
