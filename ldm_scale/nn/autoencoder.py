@@ -48,6 +48,7 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(widths[-1], attention=mid_attention, groups=groups)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
+        self.to(memory_format=torch.channels_last)  # convolutions would copy NCHW weights and gradients at every pass
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H / f, W / f)."""
@@ -88,6 +89,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(block)
         self.conv_norm_out = GroupNorm(groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], out_channels, kernel_size=3, padding=1)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, f H, f W)."""

@@ -150,6 +150,7 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
         zero_parameters(self.conv_out)
+        self.to(memory_format=torch.channels_last)  # convolutions would copy NCHW weights and gradients at every pass
 
     def forward(
         self, z_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor | None = None, vector_BE: Tensor | None = None
