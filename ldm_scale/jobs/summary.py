@@ -30,7 +30,8 @@ def closing(*run_dirs: RunDir) -> None:
     for run_dir in run_dirs:
         config, status = storage.read_json(run_dir.config), storage.read_json(run_dir.status)
         console.print(_scores(run_dir, config, status))
-        console.print(_files(run_dir, trains_first_stage=config["unet"] is None), highlight=False, soft_wrap=True)
+        files = _files(run_dir, trains_first_stage=config["unet"] is None, told=config["conditioning"] is not None)
+        console.print(files, highlight=False, markup=False, soft_wrap=True)
 
 
 def _scores(run_dir: RunDir, config: dict[str, Any], status: dict[str, Any]) -> Table:
@@ -62,7 +63,8 @@ def _conditions(config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     return f"{shared}, {how}, seed {config['seed']}"
 
 
-def _files(run_dir: RunDir, *, trains_first_stage: bool) -> str:
+def _files(run_dir: RunDir, *, trains_first_stage: bool, told: bool) -> str:
+    """Where things are, and what to type next; only a model that is `told` something draws captions."""
     path = run_dir.path
     lines = [
         f"  report       {run_dir.report}",
@@ -73,7 +75,8 @@ def _files(run_dir: RunDir, *, trains_first_stage: bool) -> str:
     if trains_first_stage:
         lines.append(f"  next         precompute_latents.py +experiment=NAME first_stage.checkpoint={path}")
     else:
-        lines.append(f"  sample       python sample.py run_dir={path} 'prompts=[a caption]'")
+        if told:
+            lines.append(f"  sample       python sample.py run_dir={path} 'prompts=[a caption]'")
         lines.append(f"  score        python evaluate.py run_dir={path}")
     return "\n".join(lines) + "\n" + closing_hint(run_dir) + "\n"
 

@@ -345,6 +345,7 @@ class ZeroEngine(Engine):
     def _wrap(self, module: "_Autocast", optimizer: OptimizerConfig) -> None:
         if scalars := [name for name, parameter in self.module.named_parameters() if parameter.ndim == 0]:
             raise ValueError(f"DeepSpeed cannot hold parameters of shape (): give {', '.join(scalars)} the shape (1,)")
+        module.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts and flattens nothing else
         for tensor in (*module.parameters(), *module.buffers()):
             if self.world > 1:
                 dist.broadcast(tensor.detach(), src=0)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs.summary import closing
 from ldm_scale.training.checkpoint import find, read_consolidated
 
 NAMES = (  # design.md section 7
@@ -61,6 +62,14 @@ def test_a_run_directory_tells_the_whole_story(undisturbed: RunDir) -> None:
     assert [picture.stem for picture in pictures] == ["000000000000", "000000000096"]
     scored = [line for line in undisturbed.read_lines(undisturbed.events) if line["event"] == "evaluation"]
     assert {"n", "reference", "features", "sampler", "steps", "guidance", "weights"} <= scored[-1].keys()
+
+
+@pytest.mark.slow
+def test_the_closing_words_say_what_to_type(undisturbed: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    closing(undisturbed)
+    said = capsys.readouterr().out
+    assert f"python sample.py run_dir={undisturbed.path} 'prompts=[a caption]'" in said
+    assert f"wandb leet inspect --summary {undisturbed.wandb}" in said
 
 
 @pytest.mark.slow
