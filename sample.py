@@ -1,4 +1,4 @@
-"""Draw captions with a trained model: `python sample.py run_dir=RUN 'prompts=[a red circle]'`."""
+"""Draw with a trained model: `python sample.py run_dir=RUN 'prompts=[a red circle]'`. docs/sampling.md has the rest."""
 
 from ldm_scale.jobs import config, sample
 

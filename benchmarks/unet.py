@@ -1,6 +1,6 @@
 """Our U-Net against diffusers' UNet2DConditionModel: a forward and backward pass, same shape, dtype, weights and run.
 
-    python benchmarks/unet.py [--channels 128] [--blocks 1] [--batch 4] [--passes 5] [--threads 0]
+    python benchmarks/unet.py [--channels 128] [--blocks 1] [--batch 16] [--passes 5] [--threads 0]
 
 The text-to-image network of the paper, narrowed to `--channels` (320 there) and thinned to `--blocks` residual blocks a
 level (2 there), so that compiling takes a minute or two; latents of 32 x 32, 77 context tokens. Prints, for float32 and
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 for one a CPU")
     options = parser.parse_args()

@@ -52,20 +52,36 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) 
 
     raises  ValueError listing missing, unexpected and mis-shaped names, with `source` named
     """
-    ours = module.state_dict()
-    missing = sorted(ours.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - ours.keys())
-    misshaped = [
-        f"{name} {tuple(tensors[name].shape)}, wanted {tuple(ours[name].shape)}"
-        for name in sorted(ours.keys() & tensors.keys())
-        if tensors[name].shape != ours[name].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-    if any(names for _, names in kinds):
-        lists = [f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}" for kind, names in kinds if names]
-        raise ValueError(f"{source} holds another architecture; " + "; ".join(lists))
+    require_same_architecture(shapes(tensors), shapes(module.state_dict()), source)
     with torch.no_grad():
         module.load_state_dict(dict(tensors), strict=True)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def require_same_architecture(
+    held: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Refuse weights whose names or shapes are not those of the network that they are for.
+
+    raises  ValueError listing missing, unexpected and mis-shaped names, with `source` named
+    """
+    misshaped = [
+        f"{name} {held[name]}, wanted {wanted[name]}"
+        for name in sorted(wanted.keys() & held.keys())
+        if held[name] != wanted[name]
+    ]
+    lists = {
+        "missing": sorted(wanted.keys() - held.keys()),
+        "unexpected": sorted(held.keys() - wanted.keys()),
+        "mis-shaped": misshaped,
+    }
+    told = [f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}" for kind, names in lists.items() if names]
+    if told:
+        raise ValueError(f"{source} holds another architecture; " + "; ".join(told))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,10 @@ class ScheduleKind(Enum):
 
     scaled_linear = "scaled_linear"
     """Linear in sqrt(beta); what the reference code calls "linear", and diffusers "scaled_linear"."""
+    linear = "linear"
+    """Linear in beta; Ho et al. 2020, section 4. What the reference code calls "sqrt_linear"."""
+    cosine = "cosine"
+    """alpha_t^2 follows a squared cosine; Nichol & Dhariwal 2021, eq. 17. Does not use `beta_start` and `beta_end`."""
 
 
 class End(Enum):
@@ -51,11 +55,14 @@ class ScheduleConfig:
     kind: ScheduleKind = ScheduleKind.scaled_linear
     """The curve between the two ends."""
     beta_start: float = 0.00085
-    """Variance added by the first timestep; dimensionless, above 0."""
+    """Variance added by the first timestep; dimensionless, above 0. Not used by the cosine."""
     beta_end: float = 0.012
-    """Variance added by the last timestep; dimensionless, below 1."""
+    """Variance added by the last timestep; dimensionless, below 1. Not used by the cosine."""
     steps: int = 1000
     """Training timesteps, 0 ... steps - 1."""
+    zero_terminal_snr: bool = False
+    """Shift the levels so that the last timestep holds no signal (Lin et al. 2024, algorithm 1). The network must then
+    predict v or z0, and the sampler visit the last timestep: `spacing` trailing or linspace."""
     end: End = End.first_level
     """Where sampling ends; training does not depend on it."""
 
@@ -70,6 +77,8 @@ class ScheduleConfig:
 
     def build(self) -> "NoiseSchedule":
         alphas_cumprod = torch.cumprod(1 - _BETAS[self.kind](self), dim=0)
+        if self.zero_terminal_snr:
+            alphas_cumprod = _without_terminal_signal(alphas_cumprod)
         return NoiseSchedule(alphas_cumprod, end=self.end)
 
 
@@ -79,23 +88,64 @@ def _scaled_linear(config: ScheduleConfig) -> Tensor:
     ).square()
 
 
-_BETAS: dict[ScheduleKind, Callable[[ScheduleConfig], Tensor]] = {ScheduleKind.scaled_linear: _scaled_linear}
+def _linear(config: ScheduleConfig) -> Tensor:
+    return torch.linspace(config.beta_start, config.beta_end, config.steps, dtype=torch.float64, device="cpu")
+
+
+def _cosine(config: ScheduleConfig) -> Tensor:
+    share = torch.linspace(0, 1, config.steps + 1, dtype=torch.float64, device="cpu")
+    signal = ((share + 0.008) / 1.008 * (torch.pi / 2)).cos().square()
+    return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+
+
+_BETAS: dict[ScheduleKind, Callable[[ScheduleConfig], Tensor]] = {
+    ScheduleKind.scaled_linear: _scaled_linear,
+    ScheduleKind.linear: _linear,
+    ScheduleKind.cosine: _cosine,
+}
+
+
+def _without_terminal_signal(alphas_cumprod: Tensor) -> Tensor:
+    """Lin et al. 2024, algorithm 1: alpha is shifted to end at 0, and scaled to begin where it began."""
+    alphas = alphas_cumprod.sqrt()
+    first, last = alphas[0], alphas[-1]
+    return (first * ((alphas - last) / (first - last))).square()
+
+
+class TimestepTable:
+    """Numbers by timestep, looked up on any device, in float32 or better; nothing waits for the device.
+
+    values  (..., steps) float64 on the CPU
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, t_B: Tensor, like: Tensor) -> Tensor:
+        """The entries of timesteps `t_B`, (..., B), on the device of `like` and at least float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        values = self._copies.get((like.device, dtype))
+        if values is None:
+            values = self._copies[like.device, dtype] = self._values.to(dtype).to(like.device)
+        return values[..., t_B]
 
 
 class NoiseSchedule:
     """A table of noise levels, indexed by timestep.
 
     alphas_cumprod  (steps,) float64 on the CPU: alpha_t^2, the share of signal in the variance; falls with t
+    snr             (steps,) float64 on the CPU: alpha_t^2 / sigma_t^2, the signal-to-noise ratio
     """
 
     def __init__(self, alphas_cumprod: Tensor, *, end: End = End.first_level):
         self.alphas_cumprod = alphas_cumprod.to("cpu", torch.float64)
+        self.snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         self.steps = len(alphas_cumprod)
         alphas, sigmas = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         self._levels = list(zip(alphas.tolist(), sigmas.tolist(), strict=True))
         self._end = self._levels[0] if end is End.first_level else (1.0, 0.0)
-        self._table = torch.stack((alphas, sigmas))
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._table = TimestepTable(torch.stack((alphas, sigmas)))
 
     def at(self, t: int | None) -> tuple[float, float]:
         """(alpha, sigma) of timestep t; None is where sampling ends (see `End`)."""
@@ -110,11 +160,7 @@ class NoiseSchedule:
 
         t_B  (B,) int64 timesteps; no wait for the device
         """
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        table = self._tables.get((like.device, dtype))
-        if table is None:
-            table = self._tables[like.device, dtype] = self._table.to(dtype).to(like.device)
-        alpha_B, sigma_B = table[:, t_B]
+        alpha_B, sigma_B = self._table(t_B, like)
         return over_samples(alpha_B, like), over_samples(sigma_B, like)
 
     def noised(self, z_0: Tensor, noise: Tensor, t_B: Tensor) -> Tensor:

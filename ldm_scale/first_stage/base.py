@@ -7,6 +7,7 @@ Shape letters: B batch, C latent channels, H W height and width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -89,19 +90,20 @@ class FirstStageConfig(ABC):
     def build(self) -> "FirstStage":
         """The first stage with fresh weights, on torch's default device; does not read `checkpoint`."""
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, side, side) of the latent of a square image, side in pixels.
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """(C, H / f, W / f) of the latent of an image, sides in pixels; square where only one is given.
 
-        raises  ValueError where f does not divide the side
+        raises  ValueError where f does not divide a side
         """
-        if image_size < 1 or image_size % self.factor:
-            below = image_size - image_size % self.factor
-            raise ValueError(
-                f"image size {image_size} is not a multiple of the first stage's factor {self.factor}; "
-                f"the nearest sizes that fit are {max(below, self.factor)} and {below + self.factor}"
-            )
-        side = image_size // self.factor
-        return self.latent_channels, side, side
+        sides = height, height if width is None else width
+        for side in sides:
+            if side < 1 or side % self.factor:
+                below = side - side % self.factor
+                raise ValueError(
+                    f"image size {side} is not a multiple of the first stage's factor {self.factor}; "
+                    f"the nearest sizes that fit are {max(below, self.factor)} and {below + self.factor}"
+                )
+        return self.latent_channels, sides[0] // self.factor, sides[1] // self.factor
 
 
 class FirstStage(nn.Module, ABC):
@@ -124,6 +126,14 @@ class FirstStage(nn.Module, ABC):
     @abstractmethod
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images of unscaled latents, around [-1, 1] and not clamped."""
+
+    @abstractmethod
+    def decoding_parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """`decode`, as functions to call one after another; each keeps the sides or multiplies them by a whole factor.
+
+        The first may see all of the latent; the others see no farther than convolutions reach, but for the statistics
+        of group norms, so that they can run in tiles.
+        """
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:

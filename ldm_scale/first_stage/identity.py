@@ -1,5 +1,6 @@
 """No compression: the latents are the pixels (LDM-1 of Rombach et al. 2022, section 4.1)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,6 +46,9 @@ class Identity(FirstStage):
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         return latents_BCHW
+
+    def decoding_parts(self) -> list[Callable[[Tensor], Tensor]]:
+        return [self.decode]
 
     def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
         """The latent is certain, so the noise changes nothing."""

@@ -5,6 +5,7 @@ State dicts have the names of diffusers' AutoencoderKL. Knows nothing of losses,
 Shape letters: B batch, C latent channels, H W height and width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class AutoencoderKL(FirstStage):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         images_BCHW: Tensor = self.decoder(self.post_quant_conv(latents_BCHW))
         return images_BCHW
+
+    def decoding_parts(self) -> list[Callable[[Tensor], Tensor]]:
+        first, *others = self.decoder.parts()
+        return [lambda latents_BCHW: first(self.post_quant_conv(latents_BCHW)), *others]
 
     def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
         moments = self.encode(images_BCHW)

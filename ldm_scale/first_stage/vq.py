@@ -7,6 +7,7 @@ nothing of losses, files or ranks.
 Shape letters: B batch, C latent channels, H W height and width, K vectors of the codebook, N vectors looked up at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,10 @@ class AutoencoderVQ(FirstStage):
         """Images of unscaled latents, around [-1, 1] and not clamped; quantises first, quantised latents stay."""
         images_BCHW: Tensor = self.decoder(self.post_quant_conv(self.quantize(latents_BCHW)))
         return images_BCHW
+
+    def decoding_parts(self) -> list[Callable[[Tensor], Tensor]]:
+        first, *others = self.decoder.parts()
+        return [lambda latents_BCHW: first(self.post_quant_conv(self.quantize(latents_BCHW))), *others]
 
     def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
         """The latent is certain, so the noise changes nothing. No gradient reaches the codebook from here."""

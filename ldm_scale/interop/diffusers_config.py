@@ -28,6 +28,11 @@ VERSION = "0.36.0"
 
 _BOOKKEEPING = ("_class_name", "_diffusers_version", "_name_or_path")
 _PREDICTIONS = {Prediction.eps: "epsilon", Prediction.z0: "sample", Prediction.v: "v_prediction"}
+_SCHEDULES = {
+    ScheduleKind.scaled_linear: "scaled_linear",
+    ScheduleKind.linear: "linear",
+    ScheduleKind.cosine: "squaredcos_cap_v2",
+}
 _TEXT_TO_IMAGE_FACTOR = 8  # LDMTextToImagePipeline divides pixels by this, whatever the first stage's factor
 
 
@@ -398,8 +403,9 @@ def scheduler(config: DiffusionConfig) -> Config:
         "num_train_timesteps": schedule.steps,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.kind.name,
+        "beta_schedule": _SCHEDULES[schedule.kind],
         "trained_betas": None,
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "clip_sample": False,
         "set_alpha_to_one": schedule.end is End.clean,
         "steps_offset": 1,
@@ -428,21 +434,18 @@ def read_scheduler(given: Mapping[str, Any], where: str) -> DiffusionConfig:
         "timestep_spacing": "leading",
         **given,
     }
-    for key, wanted in (
-        ("beta_schedule", ScheduleKind.scaled_linear.name),
-        ("trained_betas", None),
-        ("rescale_betas_zero_snr", False),
-    ):
-        if config[key] != wanted:
-            raise _refusal(where, key, config[key], str(wanted))
+    kinds = {theirs: ours for ours, theirs in _SCHEDULES.items()}
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
-    if config["prediction_type"] not in predictions:
-        raise _refusal(where, "prediction_type", config["prediction_type"], ", ".join(predictions))
+    for key, allowed in (("beta_schedule", kinds), ("trained_betas", [None]), ("prediction_type", predictions)):
+        if config[key] not in list(allowed):
+            raise _refusal(where, key, config[key], ", ".join(map(str, allowed)))
     for key, ours in (("steps_offset", 1), ("clip_sample", False), ("thresholding", False)):
         if config[key] != ours:
             log.warning("%s: %s=%r there; our samplers take %r", where, key, config[key], ours)
     return DiffusionConfig(
         schedule=ScheduleConfig(
+            kind=kinds[config["beta_schedule"]],
+            zero_terminal_snr=config["rescale_betas_zero_snr"],
             beta_start=config["beta_start"],
             beta_end=config["beta_end"],
             steps=config["num_train_timesteps"],

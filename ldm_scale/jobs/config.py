@@ -37,9 +37,13 @@ from ldm_scale.first_stage.kl import AutoencoderKLConfig
 from ldm_scale.first_stage.loss import AutoencoderLossConfig
 from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.latent_diffusion.model import DiffusionConfig, LatentDiffusionConfig
+from ldm_scale.latent_diffusion.tiles import Tiles
 from ldm_scale.nn.unet import UNetConfig
 from ldm_scale.samplers.base import SamplerConfig
 from ldm_scale.samplers.ddim import DDIMConfig
+from ldm_scale.samplers.ddpm import DDPMConfig
+from ldm_scale.samplers.dpm_solver import DPMSolverConfig
+from ldm_scale.samplers.plms import PLMSConfig
 from ldm_scale.tracking.tracker import TrackerConfig
 from ldm_scale.training.engine import BatchFit, EngineConfig
 from ldm_scale.training.optimizer import OptimizerConfig
@@ -199,9 +203,26 @@ _UNTRAINED_FIRST_STAGES: Mapping[type, str] = {
 _UNTRAINED_CONDITIONERS = (ClassLabelConfig, ClipTextConfig, ConcatConfig, LabelMapConfig, LayoutConfig)
 
 
+class InitWhat(Enum):
+    """What a new run takes from the one it branches from."""
+
+    weights = "weights"
+    """The weights; moments and averages start anew."""
+    ema = "ema"
+    """The averaged weights (of the parent's first half-life) as weights; the rest starts anew."""
+    all = "all"
+    """Weights, moments, averages and images seen: another configuration from here on."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainJob(Experiment):
     """`train.py`."""
+
+    init: str | None = None
+    """What a new run starts from instead of fresh weights: a training run, one of its checkpoints, or a model directory
+    that `ldm_scale.interop` wrote. Its parent is recorded; a run that has a checkpoint goes on from that."""
+    init_what: InitWhat = InitWhat.weights
+    """What is taken from `init`."""
 
     amend: bool = False
     """Allow a resume under a changed learning rate, batch, data or length; the difference is recorded."""
@@ -219,10 +240,12 @@ class TrainJob(Experiment):
                 "than captions for a text_transformer. These can: +experiment=txt2img_laion, "
                 "+experiment=uncond_lsun_churches"
             )
+        if self.init is None and self.init_what is not InitWhat.weights:
+            raise ValueError(f"init_what={self.init_what.name} without init=RUN: say what to start from")
         if self.trains_first_stage and self.first_stage.checkpoint is not None:
             raise ValueError(
-                f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage, from fresh "
-                "weights: starting from others is not there yet; leave it out"
+                f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage: "
+                f"init={self.first_stage.checkpoint} starts it from those weights"
             )
 
 
@@ -253,23 +276,23 @@ class PrecomputeJob(Experiment):
 
 
 @dataclass(kw_only=True, slots=True)
-class FromRun:
-    """What jobs share that start from a trained run."""
+class Drawing:
+    """What jobs share that draw images with a trained model."""
 
-    run_dir: str
-    """The run directory of the training."""
-    checkpoint: str
-    """`latest`, or the name of a directory in its `checkpoints`."""
-    weights: str
-    """`ema` (the first half-life), `ema/HALF_LIFE`, or `raw`."""
+    checkpoint: str = "latest"
+    """Of a training run: `latest`, or the name of a directory in its `checkpoints`."""
+    weights: str = "ema"
+    """Of a training run: `ema` (the first half-life), `ema/HALF_LIFE`, or `raw`."""
     imports: list[str] = field(default_factory=list)
     """Modules imported before the configuration is composed."""
     sampler: SamplerConfig
     """How images are made."""
     batch: int
-    """Images made at once."""
+    """Images made at once, per process."""
     seed: int
     """Of the noise; image i has its own stream (seed, i)."""
+    paths: PathsConfig
+    """Where things lie that no run owns."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -278,35 +301,125 @@ class FromRun:
             raise ValueError(f"weights={self.weights!r}; raw, ema, or ema/HALF_LIFE_IN_IMAGES")
 
 
-@dataclass(kw_only=True, slots=True)
-class SampleJob(FromRun):
-    """`sample.py`."""
+class Distance(Enum):
+    """How far a picture is from the one that guides it."""
 
-    prompts: list[str] = field(default_factory=list)
-    """Captions to draw."""
-    prompts_file: str | None = None
-    """A text file with one caption a line, instead of `prompts`."""
-    images_per_prompt: int = 1
-    """Pictures of each caption, each with its own noise."""
-    out: str
-    """Directory of the PNGs and the grid."""
+    l2 = "l2"
+    """Squared error of pixels."""
+    lpips = "lpips"
+    """Learnt perceptual distance; needs `paths.weights`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GuideConfig:
+    """Guidance by a small picture (Rombach et al. 2022, appendix C): what is drawn looks like it when made as small."""
+
+    images: str | None = None
+    """A picture, or several (directory or glob): one for all, or one each. None: no guidance."""
+    scale: float | None = None
+    """How strongly; goes with `images`."""
+    distance: Distance = Distance.l2
+    """What guidance makes small."""
 
     def __post_init__(self) -> None:
-        FromRun.__post_init__(self)
-        if bool(self.prompts) == bool(self.prompts_file):
-            raise ValueError("give prompts=['a caption', ...] or prompts_file=FILE, one of the two")
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt={self.images_per_prompt}; at least 1")
+        if (self.images is None) != (self.scale is None) or (self.images is None and self.distance is not Distance.l2):
+            raise ValueError("guide.images=FILES and guide.scale=NUMBER go together, and guide.distance= needs both")
+        if self.scale is not None and self.scale <= 0:
+            raise ValueError(f"guide.scale={self.scale}; must be above 0")
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateJob(FromRun):
+class TilesConfig:
+    """Denoising and decoding in overlapping tiles, for sizes beyond memory."""
+
+    size: int | None = None
+    """Side of a tile in latent cells; None: all at once."""
+    overlap: int | None = None
+    """Cells that neighbours share; None: a quarter of the side."""
+
+    def __post_init__(self) -> None:
+        if self.size is None and self.overlap is not None:
+            raise ValueError(f"tiles.overlap={self.overlap} without tiles.size, the side of a tile in latent cells")
+        self.build()
+
+    def build(self) -> Tiles | None:
+        """The tiles; None for none."""
+        if self.size is None:
+            return None
+        return Tiles(size=self.size, overlap=self.size // 4 if self.overlap is None else self.overlap)
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleJob(Drawing):
+    """`sample.py`. Files are named by a path, a directory, a glob or a list (`.txt`)."""
+
+    run_dir: str | None = None
+    """The run directory of a training."""
+    model: str | None = None
+    """Instead of `run_dir`: a model directory, as `ldm_scale.interop` writes them."""
+
+    prompts: list[str] = field(default_factory=list)
+    """For a model of captions: the captions."""
+    prompts_file: str | None = None
+    """Instead of `prompts`: a text file with one caption a line."""
+    classes: list[int] = field(default_factory=list)
+    """For a model of classes: their numbers."""
+    boxes: str | None = None
+    """For a model of layouts: a JSON file, see docs/sampling.md."""
+    label_maps: str | None = None
+    """For a model of label maps: PNG files whose pixels are labels."""
+    low_resolution: str | None = None
+    """For a super-resolution model: small pictures."""
+    count: int | None = None
+    """For an unconditional model: how many pictures."""
+    images_per_prompt: int = 1
+    """Pictures of each caption, class, layout, map ..., each with its own noise."""
+
+    images: str | None = None
+    """Inpainting, by a model trained for it or by any other: pictures whose masked part is painted anew."""
+    masks: str | None = None
+    """The masks of `images`, of the same names or one for all: white is painted, black is kept."""
+    start: str | None = None
+    """Pictures to start from instead of noise, one for all or one each."""
+    strength: float | None = None
+    """Share of the steps that redraws `start`, above 0; 1 keeps next to nothing of it."""
+    guide: GuideConfig = field(default_factory=GuideConfig)
+    """Guidance by a small picture."""
+    size: list[int] | None = None
+    """[height, width] of the pictures, pixels; None: as in training."""
+    tiles: TilesConfig = field(default_factory=TilesConfig)
+    """Denoising and decoding in tiles."""
+    out: str | None = None
+    """Directory of the PNGs and the grid; None: one for each request, in `samples` of the run or model."""
+
+    def __post_init__(self) -> None:
+        Drawing.__post_init__(self)
+        if (self.run_dir is None) == (self.model is None):
+            raise ValueError("name the model: run_dir=RUN or model=DIRECTORY, one of the two")
+        if self.model is not None and (self.checkpoint, self.weights) != ("latest", "ema"):
+            raise ValueError("checkpoint= and weights= choose within run_dir=; a model= directory holds one set")
+        if self.prompts and self.prompts_file:
+            raise ValueError("give prompts=['a caption', ...] or prompts_file=FILE, one of the two")
+        for name, value in (("images_per_prompt", self.images_per_prompt), ("count", self.count)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; at least 1")
+        for one, other in (("images", "masks"), ("start", "strength")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"{one}= and {other}= go together: give both, or neither")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength={self.strength}; must lie above 0 and at most at 1")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size={self.size}; give [height, width] in pixels")
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateJob(Drawing):
     """`evaluate.py`."""
 
+    run_dir: str
+    """The run directory of the training."""
     evaluation: EvaluationConfig
     """Scores."""
-    paths: PathsConfig
-    """Where things lie that no run owns."""
     validation: str | None = None
     """Held-out image shards; None for those that the run was configured with."""
 
@@ -335,6 +448,9 @@ for _group, _kind, _config in (
     ("conditioning", "concat", ConcatConfig),
     ("diffusion", "diffusion", DiffusionConfig),
     ("sampler", "ddim", DDIMConfig),
+    ("sampler", "ddpm", DDPMConfig),
+    ("sampler", "dpm_solver", DPMSolverConfig),
+    ("sampler", "plms", PLMSConfig),
     ("data", "data", DataConfig),
     ("engine", "engine", EngineConfig),
     ("optimizer", "adamw", OptimizerConfig),
@@ -363,7 +479,7 @@ def main(job: str, run: Callable[[Any], None]) -> None:
 
     def compose_and_start() -> None:
         import_parts(sys.argv[1:])
-        sys.argv[1:] = with_run_defaults(job, sys.argv[1:])
+        sys.argv[1:] = with_model_defaults(job, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(start)()
 
     _or_exit(compose_and_start)
@@ -402,25 +518,38 @@ def import_parts(overrides: Sequence[str]) -> None:
                 sys.path.pop(0)
 
 
-def with_run_defaults(job: str, overrides: Sequence[str]) -> list[str]:
-    """For a job that starts from a run: that run's own sampler and evaluation first, then what the user says."""
+def with_model_defaults(job: str, overrides: Sequence[str]) -> list[str]:
+    """For a job that draws with a trained model: its own sampler and evaluation first, then what the user says.
+
+    Another sampler (`sampler=NAME`) has its own file's values, but guides as the model's own does.
+    """
     given = dict(text.split("=", 1) for text in overrides if "=" in text)
-    file = RunDir(Path(given.get("run_dir", ""))).config
-    if not issubclass(JOBS[job], FromRun) or not file.exists():
+    if not issubclass(JOBS[job], Drawing):
         return list(overrides)
-    trained, defaults = storage.read_json(file), []
-    for section in {"sampler", "evaluation"} & {f.name for f in dataclasses.fields(JOBS[job])} - given.keys():
-        values = {key: value for key, value in trained[section].items() if key != "schema"}
-        defaults += [f"{section}.{key}={value}" for key, value in values.items()]
-        if section == "sampler":
+    if "run_dir" in given and (file := RunDir(Path(given["run_dir"])).config).exists():
+        return [*_run_defaults(storage.read_json(file), JOBS[job], given), *overrides]
+    if "model" in given and (file := Path(given["model"]) / "latent_diffusion" / "config.json").exists():
+        conditioning = storage.read_json(file)["latent_diffusion"]["conditioning"]
+        captioned = conditioning is not None and conditioning["schema"] in ("text_transformer", "clip_text")
+        return [*([] if captioned else ["sampler.guidance=1"]), *overrides]  # the files' is for captions
+    return list(overrides)
+
+
+def _run_defaults(trained: Mapping[str, Any], schema: type, given: Mapping[str, str]) -> list[str]:
+    defaults = []
+    for section in {"sampler", "evaluation"} & {f.name for f in dataclasses.fields(schema)}:
+        chosen = section in given
+        if section == "sampler" and not chosen:
             defaults.append(f"sampler={trained[section]['schema']}")
-    return [*defaults, *overrides]
+        shared = [key for key in trained[section] if key.startswith("guidance" if chosen else "") and key != "schema"]
+        defaults += [f"{section}.{key}={trained[section][key]}" for key in shared]
+    return defaults
 
 
 def compose(job: str, overrides: Sequence[str]) -> Any:
     """The job that a command line would run: for tests and tools that are not started through Hydra."""
     import_parts(overrides)
-    overrides = with_run_defaults(job, overrides)
+    overrides = with_model_defaults(job, overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return read_job(hydra.compose(job, overrides=list(overrides)), JOBS[job])
 

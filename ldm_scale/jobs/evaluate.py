@@ -18,19 +18,21 @@ def run(job: jobs_config.EvaluateJob) -> None:
     """Print the scores, and write them with everything they depend on to `evaluation/` in the run directory."""
     runtime.configure_logging()
     run_dir = RunDir(Path(job.run_dir))
-    trained = loading.trained_model(run_dir, name=job.checkpoint, which=job.weights, device=runtime.device())
-    data = replace(trained.data, validation=job.validation or trained.data.validation)
+    source = loading.TrainingRun(run_dir, name=job.checkpoint, which=job.weights)
+    trained = source.load(runtime.device())
+    data = replace(source.data, validation=job.validation or source.data.validation)
     scores = GenerationScores(job.evaluation, job.paths, HeldOutImages.read(data, job.evaluation.images))
     generator = Generator(
         model=trained.model,
         first_stage=trained.first_stage,
         latent_scale=trained.latent_scale,
         sampler=job.sampler,
-        size=trained.size,
+        size=(source.size, source.size),
         seed=job.seed,
     )
     found = scores(generator)
-    out = run_dir.path / "evaluation" / f"{trained.images_seen:012d}_{job.weights.replace('/', '_')}.json"
+    images_seen = source.checkpoint.name.removeprefix("images_")
+    out = run_dir.path / "evaluation" / f"{images_seen}_{job.weights.replace('/', '_')}.json"
     conditions = {"weights": trained.described, **scores.conditions(generator)}
     storage.write_json(out, {"scores": found, "real": scores.real(), "conditions": conditions})
     table = Table(title=f"{job.run_dir}: {trained.described}", title_justify="left")

@@ -15,7 +15,7 @@ from ldm_scale.core.run_dir import RunDir
 FREE = (
     "amend", "batch_fit", "conditioning.tokenizer", "data.images", "data.index_dir", "data.latents", "data.threads",
     "data.validation", "engine.kind", "engine.precision", "evaluation", "every", "first_stage.checkpoint", "imports",
-    "keep_every", "keep_last", "micro_batch", "name", "paths", "run_dir", "sampler", "tracker",
+    "init", "init_what", "keep_every", "keep_last", "micro_batch", "name", "paths", "run_dir", "sampler", "tracker",
     "unet.activation_checkpointing",
 )
 FROZEN = (
@@ -33,11 +33,16 @@ def changes(run_dir: RunDir, config: dict[str, Any]) -> Changes:
     """Where this configuration differs from the one that the run directory was started with."""
     if not run_dir.config.exists():
         return {}
-    before, now = _flat(storage.read_json(run_dir.config)), _flat(config)
+    return differences(storage.read_json(run_dir.config), config)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Changes:
+    """Where two configurations, as JSON values, differ."""
+    one, other = _flat(before), _flat(now)
     return {
-        key: (before.get(key), now.get(key))
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        key: (one.get(key), other.get(key))
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
     }
 
 
@@ -46,12 +51,12 @@ def require_allowed(changed: Changes, *, amend: bool) -> None:
 
     raises  ValueError showing the difference and the way out
     """
-    frozen = {key: pair for key, pair in changed.items() if _is_in(key, FROZEN) and not _is_in(key, FREE)}
+    frozen = {key: pair for key, pair in changed.items() if _is_in(key, FROZEN) and not is_free(key)}
     if frozen:
-        raise ValueError(f"this run was started with {_shown(frozen)}. Start another: name=ANOTHER_NAME")
-    amended = {key: pair for key, pair in changed.items() if not _is_in(key, FREE)}
+        raise ValueError(f"this run was started with {shown(frozen)}. Start another: name=ANOTHER_NAME")
+    amended = {key: pair for key, pair in changed.items() if not is_free(key)}
     if amended and not amend:
-        raise ValueError(f"this run was started with {_shown(amended)}. To go on with the new value: amend=true")
+        raise ValueError(f"this run was started with {shown(amended)}. To go on with the new value: amend=true")
 
 
 def is_finished(run_dir: RunDir, total_images: int) -> bool:
@@ -60,6 +65,16 @@ def is_finished(run_dir: RunDir, total_images: int) -> bool:
         return False
     status = storage.read_json(run_dir.status)
     return bool(status["state"] == "finished" and status["images"] >= total_images)
+
+
+def is_free(key: str) -> bool:
+    """True for a key on which no weight depends."""
+    return _is_in(key, FREE)
+
+
+def shown(changed: Changes) -> str:
+    """Changes in words."""
+    return ", ".join(f"{key}={before!r} (now {now!r})" for key, (before, now) in changed.items())
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -73,7 +88,3 @@ def _is_in(key: str, names: tuple[str, ...]) -> bool:
     """True for a key that is one of `names` or lies below one."""
     parts = key.split(".")
     return any(".".join(parts[:length]) in names for length in range(1, len(parts) + 1))
-
-
-def _shown(changed: Changes) -> str:
-    return ", ".join(f"{key}={before!r} (now {now!r})" for key, (before, now) in changed.items())

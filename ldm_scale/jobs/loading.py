@@ -1,5 +1,6 @@
-"""Trained parts from where they lie: a first stage from its weights, a second stage from a checkpoint of its run."""
+"""Trained parts from where they lie: a first stage from its weights, a second stage from its run or model directory."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import DataConfig
 from ldm_scale.first_stage.base import FirstStage, FirstStageConfig
+from ldm_scale.interop import bundle
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.model import LatentDiffusion, LatentDiffusionConfig
 from ldm_scale.training import checkpoint
@@ -44,53 +46,112 @@ def first_stage_weights(config: FirstStageConfig) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedModel:
-    """A second stage as it was at one checkpoint, with the first stage it was trained on."""
+    """A second stage with its weights, and the first stage it was trained on; on one device, frozen."""
 
     model: LatentDiffusion
     first_stage: FirstStage
     latent_scale: float
-    size: int
-    images_seen: int
     described: str
     """Which weights these are, in words."""
-    data: DataConfig
-    """Where its experiment finds images."""
 
 
-def trained_model(run_dir: RunDir, *, name: str, which: str, device: torch.device) -> TrainedModel:
-    """A second stage from checkpoint `name` (or `latest`) of a run, with weights `which` (`raw`, `ema`, `ema/H`).
+class ModelSource(ABC):
+    """Where a trained second stage lies. What it is, is known before any weights are read."""
 
-    raises  FileNotFoundError where the run or the checkpoint is absent
-    """
-    if not run_dir.config.exists():
-        raise FileNotFoundError(f"run_dir={run_dir.path} is not a training run: it has no {run_dir.config.name}")
-    job = storage.read_json(run_dir.config)
-    if job["unet"] is None:
-        raise ValueError(f"run_dir={run_dir.path} trained a first stage; images are drawn from a second stage")
-    where = checkpoint.find(run_dir.checkpoints, name)
-    half_lives = job["ema_half_lives"]
-    kind = "weight" if which == "raw" else f"ema/{half_lives[0]}" if which == "ema" else which
-    if kind != "weight" and int(kind.removeprefix("ema/")) not in half_lives:
-        raise ValueError(f"weights={which!r}; this run averaged with half-lives {half_lives}")
-    state, tensors = checkpoint.read_consolidated(where, kind)
-    model = LatentDiffusionConfig(
-        unet=jobs_config.from_plain("unet", job["unet"]),
-        conditioning=jobs_config.from_plain("conditioning", job["conditioning"]) if job["conditioning"] else None,
-        diffusion=jobs_config.from_plain("diffusion", job["diffusion"]),
-    ).build()
-    weights.load_exactly(model, tensors, str(where))
-    trained_on = first_stage(jobs_config.from_plain("first_stage", job["first_stage"]))
-    if trained_on.digest() != state["first_stage_sha256"]:
-        raise ValueError(
-            f"{where} was trained on first stage {state['first_stage_sha256'][:12]}, but "
-            f"{job['first_stage']['checkpoint']} now holds {trained_on.digest()[:12]}"
+    config: LatentDiffusionConfig
+    """U-Net, conditioning, diffusion."""
+    first_stage: FirstStageConfig
+    """The autoencoder it was trained on."""
+    size: int | None
+    """Side of the images it was trained on, pixels; None where its files do not say."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> TrainedModel:
+        """Read the weights.
+
+        raises  FileNotFoundError where they are absent, ValueError where they are another model's
+        """
+
+
+class TrainingRun(ModelSource):
+    """A checkpoint of a training run."""
+
+    size: int
+
+    def __init__(self, run_dir: RunDir, *, name: str, which: str) -> None:
+        """Find checkpoint `name` (or `latest`) of a run, with weights `which` (`raw`, `ema`, `ema/H`).
+
+        raises  FileNotFoundError where the run or the checkpoint is absent; ValueError for weights it does not have
+        """
+        if not run_dir.config.exists():
+            raise FileNotFoundError(f"run_dir={run_dir.path} is not a training run: it has no {run_dir.config.name}")
+        job = storage.read_json(run_dir.config)
+        if job["unet"] is None:
+            raise ValueError(f"run_dir={run_dir.path} trained a first stage; images are drawn from a second stage")
+        half_lives = job["ema_half_lives"]
+        self._which = which
+        self._kind = "weight" if which == "raw" else f"ema/{half_lives[0]}" if which == "ema" else which
+        if self._kind != "weight" and int(self._kind.removeprefix("ema/")) not in half_lives:
+            raise ValueError(f"weights={which!r}; this run averaged with half-lives {half_lives}")
+        self.config = LatentDiffusionConfig(
+            unet=jobs_config.from_plain("unet", job["unet"]),
+            conditioning=jobs_config.from_plain("conditioning", job["conditioning"]) if job["conditioning"] else None,
+            diffusion=jobs_config.from_plain("diffusion", job["diffusion"]),
         )
-    return TrainedModel(
-        model=model.requires_grad_(False).eval().to(device),
-        first_stage=trained_on.to(device),
-        latent_scale=state["latent_scale"],
-        size=job["data"]["transform"]["size"],
-        images_seen=state["images_seen"],
-        described=f"{which} at {state['images_seen']:,} images",
-        data=jobs_config.from_plain("data", job["data"]),
-    )
+        self.first_stage = jobs_config.from_plain("first_stage", job["first_stage"])
+        self.data: DataConfig = jobs_config.from_plain("data", job["data"])
+        self.size = self.data.transform.size
+        self.checkpoint = checkpoint.find(run_dir.checkpoints, name)
+
+    def load(self, device: torch.device) -> TrainedModel:
+        state, tensors = checkpoint.read_consolidated(self.checkpoint, self._kind)
+        model = self.config.build()
+        weights.load_exactly(model, tensors, str(self.checkpoint))
+        trained_on = first_stage(self.first_stage)
+        if trained_on.digest() != state["first_stage_sha256"]:
+            raise ValueError(
+                f"{self.checkpoint} was trained on first stage {state['first_stage_sha256'][:12]}, but "
+                f"{self.first_stage.checkpoint} now holds {trained_on.digest()[:12]}"
+            )
+        return TrainedModel(
+            model=model.requires_grad_(False).eval().to(device),
+            first_stage=trained_on.to(device),
+            latent_scale=state["latent_scale"],
+            described=f"{self._which} at {state['images_seen']:,} images",
+        )
+
+
+class ModelDirectory(ModelSource):
+    """What `ldm_scale.interop` wrote: a model that was imported, or brought from a run."""
+
+    size = None
+
+    def __init__(self, directory: Path) -> None:
+        """Read the configuration of a model.
+
+        raises  FileNotFoundError where `directory` is none
+        """
+        self._directory = directory
+        parts = {name: directory / name / "config.json" for name in (bundle.FIRST_STAGE, bundle.LATENT_DIFFUSION)}
+        if lacking := [name for name, file in parts.items() if not file.exists()]:
+            raise FileNotFoundError(
+                f"model={directory} has no {' and no '.join(lacking)}: give what `python -m ldm_scale.interop.compvis` "
+                "or `... .diffusers import` wrote; of a training run, run_dir=RUN"
+            )
+        plain = {name: storage.read_json(file)[name] for name, file in parts.items()}
+        self.first_stage = bundle.from_plain(plain[bundle.FIRST_STAGE])
+        second = plain[bundle.LATENT_DIFFUSION]
+        self.config = LatentDiffusionConfig(
+            unet=bundle.from_plain(second["unet"]),
+            conditioning=None if second["conditioning"] is None else bundle.from_plain(second["conditioning"]),
+            diffusion=bundle.from_plain(second["diffusion"]),
+        )
+
+    def load(self, device: torch.device) -> TrainedModel:
+        held = bundle.load(self._directory)
+        return TrainedModel(
+            model=held.latent_diffusion().requires_grad_(False).eval().to(device),
+            first_stage=held.first_stage.requires_grad_(False).eval().to(device),
+            latent_scale=held.latent_scale,
+            described=self._directory.name,
+        )

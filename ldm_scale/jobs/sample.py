@@ -1,85 +1,267 @@
-"""Draw captions with a trained model. `sample.py` starts this.
+"""Draw with a trained model, whatever it is told. `sample.py` starts this, alone or by `accelerate launch`.
 
-Image i has its own noise stream, (seed, i): the same picture in any batch.
+Image i has its own noise stream, (seed, i), and batches are fixed by index: batch k is drawn by process k modulo their
+number, so any number of processes writes the same files. A picture that is there is not drawn again.
+
+Shape letters: B batch, C channels, H W height and width in pixels.
 """
 
 import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+import torch.distributed as dist
+from torch import Tensor
 
-from ldm_scale.core import progress, runtime, storage
+from ldm_scale.conditioning.spatial import NO_LABEL, LabelMapConfig
+from ldm_scale.core import progress, runtime, storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.tensors import to_uint8
+from ldm_scale.first_stage.loss import AutoencoderLossConfig, PerceptualKind, perceptual_network
+from ldm_scale.images import fit
 from ldm_scale.jobs import config as jobs_config
-from ldm_scale.jobs import loading
-from ldm_scale.latent_diffusion.generate import Generator
-from ldm_scale.tracking.grid import labelled_grid
+from ldm_scale.jobs import loading, requests
+from ldm_scale.jobs.pictures import Pictures
+from ldm_scale.jobs.requests import Kind, Request
+from ldm_scale.latent_diffusion.generate import Distance, Generator, ImageGuide, Steering, l2
+from ldm_scale.latent_diffusion.spatial_inputs import masked_image
+from ldm_scale.samplers.base import Frame
+
+log = runtime.logger(__name__)
+
+_COLUMNS = 10  # of a grid, at most
 
 
 def run(job: jobs_config.SampleJob) -> None:
-    """Write one PNG for each image, named by its number, and a labelled grid of all."""
+    """Write one PNG for each picture that is asked for, named by its number, and a labelled grid.
+
+    exits  0 done, 75 preempted
+    """
     runtime.configure_logging()
-    prompts = _prompts(job)
-    trained = loading.trained_model(
-        RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights, device=runtime.device()
-    )
-    captions = [prompt for prompt in prompts for _ in range(job.images_per_prompt)]
-    generator = Generator(
-        model=trained.model,
-        first_stage=trained.first_stage,
-        latent_scale=trained.latent_scale,
-        sampler=job.sampler,
-        size=trained.size,
-        seed=job.seed,
-    )
-    out = Path(job.out)
-    pictures: list[torch.Tensor] = []
-    with progress.bar("sampling", len(captions)) as bar:
-        for images_BCHW in generator.batches(captions, job.batch):
-            for image_HWC in to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu():
-                _write(out / f"{len(pictures):05d}.png", image_HWC, job, captions[len(pictures)], trained.described)
-                pictures.append(image_HWC)
-            bar.move(len(pictures))
-    grid = labelled_grid(
-        torch.stack(pictures).numpy(), captions, columns=_columns(len(captions), job), title=f"{trained.described}"
-    )
-    with storage.atomic_write(out / "grid.png") as file:
-        Image.fromarray(grid).save(file, format="PNG")
-    print(f"\nsamples  {out} ({len(pictures)} PNG files)\n  grid   {out / 'grid.png'}\n")
+    _join_world()
+    preemption = runtime.Preemption()
+    source = _source(job)
+    asked = requests.read(job, source.config.conditioning, source.first_stage.latent_channels)
+    size = _size(job, source, asked)
+    artist = Artist(job, source.load(runtime.device()), size)
+    who = [storage.digest({**artist.settings, "index": i, "asked": one.identity()}) for i, one in enumerate(asked)]
+    pictures = Pictures(_folder(job, who), who)
+    share = _share(len(asked), job.batch)
+    _draw(artist, asked, share, pictures, preemption)
+    if runtime.any_rank(any(pictures.lacking(batch) for batch in share)):
+        log.info("stopped with %d of %d pictures; the same command goes on", pictures.count(), len(asked))
+        runtime.leave(runtime.PREEMPTED_EXIT_CODE)
+    if runtime.is_main():
+        pictures.write_grid([one.label for one in asked], columns=_columns(job, len(asked)), title=artist.title)
+        print(_closing(job, pictures, len(asked)))
+    runtime.leave()
 
 
-def _prompts(job: jobs_config.SampleJob) -> list[str]:
-    if job.prompts_file is None:
-        return job.prompts
-    lines = Path(job.prompts_file).read_text().splitlines()
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise ValueError(f"prompts_file={job.prompts_file} holds no caption")
-    return prompts
+class Artist:
+    """Draws batches of requests with one model."""
+
+    def __init__(self, job: jobs_config.SampleJob, trained: loading.TrainedModel, size: tuple[int, int]) -> None:
+        self._job, self._trained, self._size = job, trained, size
+        self._device = next(trained.model.parameters()).device
+        self._distance = _distance(job, self._device)
+        self._kind = Kind.of(trained.model.config.conditioning, trained.first_stage.latent_channels)
+        self._generator = Generator(
+            model=trained.model,
+            first_stage=trained.first_stage,
+            latent_scale=trained.latent_scale,
+            sampler=job.sampler,
+            size=size,
+            seed=job.seed,
+            tiles=job.tiles.build(),
+        )
+        self.settings = self._settings()
+        """All that decides a picture besides its own request, as JSON values."""
+
+    @property
+    def title(self) -> str:
+        """The model and the sampler, for the head of a grid."""
+        sampler = self.settings["sampler"]
+        how = f"{sampler['schema']}, {sampler['steps']} steps, guidance {sampler['guidance']:g}"
+        return f"{self._trained.described}; {how}, seed {self._job.seed}"
+
+    def draw(self, batch: Sequence[Request], indices: Sequence[int], watch: Callable[[Frame], None]) -> Tensor:
+        """The pictures of some requests, (B, H, W, 3) uint8 on the CPU."""
+        images_BCHW = self._generator.images(
+            self._conditions(batch), indices, steering=self._steering(batch), watch=watch
+        )
+        if self._kind is Kind.masked_images:  # such a model also draws, less well, what is known
+            known_BCHW, paint_B1HW = self._pictures(batch, "images"), self._masks(batch)
+            images_BCHW = torch.lerp(known_BCHW, images_BCHW, paint_B1HW)
+        return to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu()
+
+    def told(self, request: Request, index: int) -> dict[str, str]:
+        """What a picture says of itself."""
+        sampler = self._job.sampler
+        values = {
+            **request.described(),
+            **self.settings,
+            "index": index,
+            "steps": sampler.steps,
+            "guidance": sampler.guidance,
+            "model": f"{self._job.run_dir or self._job.model}: {self._trained.described}",
+        }
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        job = self._job
+        settings = {
+            "seed": job.seed,
+            "size": list(self._size),
+            "sampler": jobs_config.to_plain(job.sampler),
+            "weights_sha256": weights.digest(self._trained.model.state_dict()),
+            "first_stage_sha256": self._trained.first_stage.digest(),
+            "latent_scale": self._trained.latent_scale,
+        }
+        if job.start is not None:
+            settings["strength"] = job.strength
+        if job.guide.images is not None:
+            settings["guide"] = {"scale": job.guide.scale, "distance": job.guide.distance.name}
+        if (tiles := job.tiles.build()) is not None:
+            settings["tiles"] = {"size": tiles.size, "overlap": tiles.overlap}
+        return settings
+
+    def _conditions(self, batch: Sequence[Request]) -> list[Any]:
+        """What the conditioner prepares."""
+        factor = self._trained.first_stage.factor
+        height, width = self._size[0] // factor, self._size[1] // factor
+        if self._kind is Kind.masked_images:
+            images_BCHW, paint_B1HW = self._pictures(batch, "images"), self._masks(batch)
+            return list(masked_image(self._trained.first_stage, self._trained.latent_scale, images_BCHW, paint_B1HW))
+        if self._kind is Kind.low_resolution:
+            return [fit.read_picture(one.files["low_resolution"], (height, width)) for one in batch]
+        if self._kind is Kind.label_maps:
+            told = self._trained.model.config.conditioning
+            assert isinstance(told, LabelMapConfig)
+            size = (height << told.halvings, width << told.halvings)
+            return [
+                fit.read_labels(one.files["label_maps"], size, classes=told.classes, no_label=NO_LABEL) for one in batch
+            ]
+        return [one.condition for one in batch]
+
+    def _steering(self, batch: Sequence[Request]) -> Steering:
+        files, job = batch[0].files, self._job
+        inpainted = "images" in files and self._kind is not Kind.masked_images
+        return Steering(
+            start_BCHW=self._pictures(batch, "start") if "start" in files else None,
+            strength=1.0 if job.strength is None else job.strength,
+            known_BCHW=self._pictures(batch, "images") if inpainted else None,
+            paint_B1HW=self._masks(batch) if inpainted else None,
+            guide=self._guide(batch) if "guide.images" in files else None,
+        )
+
+    def _guide(self, batch: Sequence[Request]) -> ImageGuide:
+        images = [fit.read_picture(one.files["guide.images"]) for one in batch]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError("guide.images= has pictures of several sizes; make them one size")
+        assert self._job.guide.scale is not None, "GuideConfig asks for both"
+        return ImageGuide(
+            images_BCHW=torch.stack(images).to(self._device), scale=self._job.guide.scale, distance=self._distance
+        )
+
+    def _pictures(self, batch: Sequence[Request], key: str) -> Tensor:
+        return torch.stack([fit.read_picture(one.files[key], self._size) for one in batch]).to(self._device)
+
+    def _masks(self, batch: Sequence[Request]) -> Tensor:
+        return torch.stack([fit.read_mask(one.files["masks"], self._size) for one in batch]).to(self._device)
 
 
-def _columns(count: int, job: jobs_config.SampleJob) -> int:
-    """A row for each prompt where there are several pictures of it, else near a square."""
-    return job.images_per_prompt if job.images_per_prompt > 1 else max(1, round(count**0.5))
+def _join_world() -> None:
+    """Let processes that were launched together agree on a checkpoint and on the end; nothing is sent in between."""
+    if runtime.world() > 1:
+        dist.init_process_group("gloo", timeout=timedelta(weeks=4))
 
 
-def _write(path: Path, image_HWC: torch.Tensor, job: jobs_config.SampleJob, caption: str, described: str) -> None:
-    """A PNG that says how it was made."""
-    text = PngInfo()
-    text.add_itxt("caption", caption)
-    text.add_itxt(
-        "made_by",
-        json.dumps(
-            {
-                "run": job.run_dir,
-                "weights": described,
-                "seed": job.seed,
-                "index": int(path.stem),
-                "sampler": jobs_config.to_plain(job.sampler),
-            }
-        ),
-    )
-    with storage.atomic_write(path) as file:
-        Image.fromarray(image_HWC.numpy()).save(file, format="PNG", pnginfo=text)
+def _source(job: jobs_config.SampleJob) -> loading.ModelSource:
+    if job.model is not None:
+        return loading.ModelDirectory(Path(job.model))
+    assert job.run_dir is not None, "SampleJob asks for one of the two"
+    return loading.TrainingRun(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)
+
+
+def _size(job: jobs_config.SampleJob, source: loading.ModelSource, asked: Sequence[Request]) -> tuple[int, int]:
+    """Height and width of the pictures, which the first stage can decode.
+
+    raises  ValueError for others, or where nothing says them
+    """
+    factor = source.first_stage.factor
+    if job.size is not None:
+        height, width = job.size
+    elif "low_resolution" in asked[0].files:
+        height, width = (factor * side for side in requests.low_resolution_size(asked))
+    elif source.size is not None:
+        height = width = source.size
+    else:
+        raise ValueError(f"model={job.model} does not say what size it was trained at; give size=[HEIGHT,WIDTH]")
+    source.first_stage.latent_shape(height, width)
+    return height, width
+
+
+def _distance(job: jobs_config.SampleJob, device: torch.device) -> Distance:
+    """What guidance by a picture makes small."""
+    if job.guide.distance is jobs_config.Distance.l2:
+        return l2
+    try:
+        network = perceptual_network(AutoencoderLossConfig(perceptual=PerceptualKind.lpips), job.paths.weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"guide.distance=lpips: {error}; guide.distance=l2 needs no weights") from error
+    assert network is not None
+    return network.to(device)
+
+
+def _folder(job: jobs_config.SampleJob, who: list[str]) -> Path:
+    """Where the pictures go: `out`, or a directory of this request's own beside the model."""
+    if job.out is not None:
+        return Path(job.out)
+    return Path(str(job.run_dir or job.model)) / "samples" / storage.digest(who)[:8]
+
+
+def _share(count: int, batch: int) -> list[range]:
+    """The batches of this process, each the indices of its pictures."""
+    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+    return batches[runtime.rank() :: runtime.world()]
+
+
+def _draw(
+    artist: Artist,
+    asked: Sequence[Request],
+    share: Sequence[range],
+    pictures: Pictures,
+    preemption: runtime.Preemption,
+) -> None:
+    """Draw every batch of `share` that is not all there, until this process is told to stop."""
+    with progress.bar("sampling", len(asked), done=pictures.count()) as bar:
+        for batch in share:
+            if not (lacking := pictures.lacking(batch)):
+                continue
+            if preemption.received:
+                return
+            drawn_BHWC = artist.draw(
+                [asked[i] for i in batch], batch, lambda frame: bar.advance(0, f"step {frame.done} of {frame.steps}")
+            )
+            for i in lacking:
+                pictures.write(i, drawn_BHWC[i - batch.start].numpy(), artist.told(asked[i], i))
+            bar.move(pictures.count())
+
+
+def _columns(job: jobs_config.SampleJob, count: int) -> int:
+    """A row for each condition where there are several pictures of it, else near a square."""
+    return min(_COLUMNS, job.images_per_prompt if job.images_per_prompt > 1 else max(1, round(count**0.5)))
+
+
+def _closing(job: jobs_config.SampleJob, pictures: Pictures, count: int) -> str:
+    lines = [
+        f"\nsamples  {pictures.folder} (PNG: {count}; each says how it was made)",
+        f"  grid   {pictures.grid}",
+        "  more   the same command with seed=1, images_per_prompt=4, sampler.steps=100 ...",
+    ]
+    if job.run_dir is not None:
+        lines.append(f"  score  python evaluate.py run_dir={job.run_dir}")
+    return "\n".join(lines) + "\n"

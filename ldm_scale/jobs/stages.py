@@ -6,6 +6,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +23,15 @@ from ldm_scale.jobs.precompute import identity
 from ldm_scale.jobs.scores import GenerationScores, HeldOutImages, ReconstructionScores, reconstruct
 from ldm_scale.latent_diffusion.generate import Generator
 from ldm_scale.latent_diffusion.model import LatentDiffusion
+from ldm_scale.samplers.base import Frame
 from ldm_scale.tracking.grid import labelled_grid
 from ldm_scale.tracking.tracker import Tracker
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import AutoencoderStep, DiffusionStep, Step
 from ldm_scale.training.throughput import training_flops
 from ldm_scale.training.validation import HeldOut
+
+_PROGRESSIVE_ROWS, _PROGRESSIVE_COLUMNS = 4, 6  # pictures of how a sample came about: captions, moments
 
 
 class Stage(ABC):
@@ -174,7 +178,7 @@ class DiffusionStage(Stage):
             conditioner=self.module.conditioner,
             moments=self._moments,
             latent_scale=self._latent_scale,
-            timesteps=self.module.schedule.steps,
+            diffusion=self.module.config.diffusion,
             seed=self._job.seed,
         )
 
@@ -185,15 +189,36 @@ class DiffusionStage(Stage):
         return self._scores.conditions(self._generator())
 
     def show(self, images_seen: int, tracker: Tracker) -> None:
-        """Held-out captions, always the same ones from the same noise."""
+        """Held-out captions, always the same ones from the same noise; of the first few, also how they came about."""
         captions = self._held_out.captions[: self._job.evaluation.grid]
         images_BCHW = torch.cat(
             [part.cpu() for part in self._generator().batches(captions, self._job.evaluation.batch)]
         )
         pictures = to_uint8(images_BCHW).permute(0, 2, 3, 1).numpy()
         columns = max(1, round(len(captions) ** 0.5))
-        grid = labelled_grid(pictures, captions, columns=columns, title=f"after {images_seen:,} images")
+        title = f"after {images_seen:,} images"
+        grid = labelled_grid(pictures, captions, columns=columns, title=title)
         tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights")
+        rows = self._progressive(captions[:_PROGRESSIVE_ROWS], title)
+        tracker.images(images_seen, "samples/progressive", rows, "what the sampler headed for, early to late")
+
+    def _progressive(self, captions: list[str], title: str) -> np.ndarray:
+        """A row for each caption: the estimates of z_0, decoded, at evenly spread steps."""
+        generator, frames = self._generator(), list[Frame]()
+        steps = generator.sampler.steps
+        shown = {max(1, round(steps * column / _PROGRESSIVE_COLUMNS)) for column in range(1, _PROGRESSIVE_COLUMNS + 1)}
+
+        def watch(frame: Frame) -> None:
+            if frame.done in shown:
+                frames.append(frame)
+
+        generator.images(captions, range(len(captions)), watch=watch)
+        columns_BCHW = [to_uint8(generator.decode(frame.z_0)).cpu() for frame in frames]
+        pictures = torch.stack(columns_BCHW, dim=1).flatten(0, 1).permute(0, 2, 3, 1).numpy()
+        labels = [
+            label for caption in captions for label in (*(f"step {frame.done}" for frame in frames[:-1]), caption)
+        ]
+        return labelled_grid(pictures, labels, columns=len(frames), title=title)
 
     def baseline(self) -> dict[str, float]:
         return self._scores.real()
@@ -225,12 +250,13 @@ class DiffusionStage(Stage):
         return self._job.first_stage.latent_shape(self._job.data.transform.size)
 
     def _generator(self) -> Generator:
+        side = self._job.data.transform.size
         return Generator(
             model=self.module,
             first_stage=self._first_stage,
             latent_scale=self._latent_scale,
             sampler=self._job.sampler,
-            size=self._job.data.transform.size,
+            size=(side, side),
             seed=self._job.seed,
         )
 

@@ -11,11 +11,12 @@ import torch
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import Loader
+from ldm_scale.jobs import branch, identity, summary
 from ldm_scale.jobs import config as jobs_config
-from ldm_scale.jobs import identity, summary
 from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
 from ldm_scale.tracking.report import write_report
 from ldm_scale.tracking.tracker import Silent, Tracker
+from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
@@ -44,6 +45,7 @@ def run(job: jobs_config.TrainJob) -> None:
 
 
 def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: identity.Changes) -> Outcome:
+    parent = None if checkpoint.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
 
@@ -60,15 +62,19 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
     state = checkpoints.load(newest) if newest is not None else None
     if state is not None:
         stage.require_same_stream(state)
+    elif (parent := parent or branch.parent_of(job)) is not None:  # where there are checkpoints, all are damaged
+        parent.require_fits(stage.state())
+        state = parent.begin(engine, ema, checkpoints)
     under_way = _assemble(job, engine, stage, ema, checkpoints, tracker, state)
     if runtime.is_main():
         storage.write_json(run_dir.config, plain)
         run_dir.write_status("running", images=under_way.images_seen)
     tracker.start(plain, resume_at=under_way.images_seen)
-    begin = "start" if state is None else "resume"
-    tracker.event(under_way.images_seen, begin, world=engine.world, changed=changed, damaged=damaged)
-    if state is None:
-        tracker.log(0, stage.baseline())
+    begin = "start" if newest is None else "resume"
+    born = None if parent is None else parent.described()
+    tracker.event(under_way.images_seen, begin, world=engine.world, changed=changed, damaged=damaged, parent=born)
+    if newest is None:
+        tracker.log(under_way.images_seen, stage.baseline())
     log.info("training %s: %s", run_dir.path, _in_words(engine, stage, under_way.images_seen))
     try:
         outcome = fit(under_way)
@@ -175,7 +181,7 @@ def _images(run_dir: RunDir) -> int:
 
 def _in_words(engine: Engine, stage: Stage, images_seen: int) -> str:
     parameters = sum(parameter.numel() for parameter in stage.module.parameters())
-    start = f"from image {images_seen:,}" if images_seen else "from scratch"
+    start = f"from image {images_seen:,}"
     return (
         f"{parameters:,} parameters, {engine.kind.value} {engine.precision.value} on {engine.world} process(es), "
         f"batch {engine.global_batch} = {engine.micro_batch} x {engine.world} x {engine.accumulation}, {start}"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_scale.conditioning.base import Conditioner, ConditionerConfig
-from ldm_scale.diffusion.objective import ObjectiveConfig
-from ldm_scale.diffusion.schedule import ScheduleConfig
+from ldm_scale.diffusion.objective import ObjectiveConfig, Prediction
+from ldm_scale.diffusion.schedule import ScheduleConfig, TimestepTable
+from ldm_scale.diffusion.timesteps import TimestepDraw
 from ldm_scale.nn.unet import UNetConfig
 
 
@@ -24,6 +25,15 @@ class DiffusionConfig:
     """How noise grows with the timestep."""
     objective: ObjectiveConfig
     """What the network predicts, and how its error is measured."""
+    timesteps: TimestepDraw = TimestepDraw.uniform
+    """How training draws its timesteps; sampling does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.schedule.zero_terminal_snr and self.objective.prediction is Prediction.eps:
+            raise ValueError(
+                "diffusion.schedule.zero_terminal_snr=true with diffusion.objective.prediction=eps: where there is no "
+                "signal, the noise says nothing of z_0. Choose prediction v or z0"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,6 +61,7 @@ class LatentDiffusion(nn.Module):
         self.config = config
         self.schedule = config.diffusion.schedule.build()
         self.objective = config.diffusion.objective.build()
+        self._weights = TimestepTable(self.objective.weights(self.schedule.snr))
         self.unet = config.unet.build()
         self.conditioner = conditioner
         _require_widths(config.unet, conditioner)
@@ -66,6 +77,13 @@ class LatentDiffusion(nn.Module):
         named = {"context_BLD": told.context, "concat_BCHW": told.concat, "vector_BE": told.vector}
         return {name: value for name, value in named.items() if value is not None}
 
+    def sampling_conditions(self, inputs: Tensor | None) -> dict[str, Tensor]:
+        """The same, made ready for many steps: keys and values of the context, which no step changes, in its place."""
+        conditions = self.conditions(inputs)
+        if "context_BLD" in conditions:
+            conditions["keys_values_BF"] = self.unet.keys_values(conditions.pop("context_BLD"))
+        return conditions
+
     def network(
         self,
         z_BCHW: Tensor,
@@ -74,15 +92,16 @@ class LatentDiffusion(nn.Module):
         context_BLD: Tensor | None = None,
         concat_BCHW: Tensor | None = None,
         vector_BE: Tensor | None = None,
+        keys_values_BF: Tensor | None = None,
     ) -> Tensor:
         """What the U-Net says of noisy latents, (B, C, H, W); `concat_BCHW` may be 1 x 1, the same everywhere."""
         if concat_BCHW is not None:
             concat_BCHW = concat_BCHW.expand(-1, -1, *z_BCHW.shape[2:])
             z_BCHW = torch.cat((z_BCHW, concat_BCHW), dim=1)
-        return self.unet(z_BCHW, t_B, context_BLD, vector_BE)
+        return self.unet(z_BCHW, t_B, context_BLD, vector_BE, keys_values_BF=keys_values_BF)
 
     def forward(self, z_0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, inputs: Tensor | None) -> Tensor:
-        """The loss of each sample, (B,), float32.
+        """The loss of each sample, (B,), float32, weighted by its timestep.
 
         z_0_BCHW    clean latents, scaled to unit variance
         noise_BCHW  standard normal noise
@@ -92,7 +111,8 @@ class LatentDiffusion(nn.Module):
         alpha, sigma = self.schedule.levels(t_B, z_0_BCHW)
         z_t_BCHW = alpha * z_0_BCHW + sigma * noise_BCHW
         out_BCHW = self.network(z_t_BCHW, t_B, **self.conditions(inputs))
-        return self.objective.per_sample_loss(out_BCHW, self.objective.target(z_0_BCHW, noise_BCHW, alpha, sigma))
+        loss_B = self.objective.per_sample_loss(out_BCHW, self.objective.target(z_0_BCHW, noise_BCHW, alpha, sigma))
+        return loss_B * self._weights(t_B, loss_B)
 
 
 def _require_widths(unet: UNetConfig, conditioner: Conditioner | None) -> None:

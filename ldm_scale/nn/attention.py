@@ -9,6 +9,7 @@ K width of a head, E = N * K inner width.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +17,12 @@ from torch.nn import functional
 from ldm_scale.nn.blocks import GroupNorm, LayerNorm, Pointwise, zero_parameters
 
 TRANSFORMER_NORM_EPS = 1e-6  # the group norm before a spatial transformer; facts.md 5.2
+
+KeysValues = tuple[Tensor, Tensor]
+"""What one attention makes of the tokens it attends to, (B, M, E) each."""
+
+Context = Tensor | Mapping[nn.Module, KeysValues]
+"""Tokens to attend to, (B, M, D), or what each attention made of them before."""
 
 
 def attend(q_BLE: Tensor, k_BME: Tensor, v_BME: Tensor, heads: int) -> Tensor:
@@ -49,8 +56,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x_BLC: Tensor, context_BMD: Tensor) -> Tensor:
-        out: Tensor = self.to_out(attend(self.to_q(x_BLC), self.to_k(context_BMD), self.to_v(context_BMD), self.heads))
+    def keys_values(self, context_BMD: Tensor) -> KeysValues:
+        return self.to_k(context_BMD), self.to_v(context_BMD)
+
+    def forward(self, x_BLC: Tensor, context: Context) -> Tensor:
+        k_BME, v_BME = self.keys_values(context) if isinstance(context, Tensor) else context[self]
+        out: Tensor = self.to_out(attend(self.to_q(x_BLC), k_BME, v_BME, self.heads))
         return out
 
 
@@ -115,10 +126,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x_BLC: Tensor, context_BMD: Tensor) -> Tensor:
+    def forward(self, x_BLC: Tensor, context: Context) -> Tensor:
         h_BLC = self.norm1(x_BLC)
         x_BLC = x_BLC + self.attn1(h_BLC, h_BLC)
-        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), context_BMD)
+        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), context)
         return x_BLC + self.ff(self.norm3(x_BLC))
 
 
@@ -135,9 +146,9 @@ class SpatialTransformer(nn.Module):
         self.proj_out = Pointwise(channels, channels)
         zero_parameters(self.proj_out)
 
-    def forward(self, x_BCHW: Tensor, context_BMD: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, context: Context) -> Tensor:
         h_BLC = to_tokens(self.proj_in(self.norm(x_BCHW)))
         for block in self.transformer_blocks:
-            h_BLC = block(h_BLC, context_BMD)
+            h_BLC = block(h_BLC, context)
         out: Tensor = x_BCHW + self.proj_out(to_image(h_BLC, like=x_BCHW))
         return out

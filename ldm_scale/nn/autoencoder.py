@@ -6,6 +6,9 @@ diffusers' AutoencoderKL (`encoder.down_blocks.0.resnets.0.norm1 ...`).
 Shape letters: B batch, C channels, H W height and width. The factor between image and latent is f = 2^(levels - 1).
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -93,11 +96,41 @@ class Decoder(nn.Module):
 
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, f H, f W)."""
-        h_BCHW = self.mid_block(self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last)))
+        h_BCHW = self._middle(z_BCHW)
         for block in self.up_blocks:
             h_BCHW = block(h_BCHW)
+        return self._image(h_BCHW)
+
+    def parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """`forward`, as functions to call one after another: all that attends, then one for each further level.
+
+        The further ones see no farther than their convolutions reach, but for the statistics of group norms. Each
+        begins with its upsampling, so that what lies between two of them is small.
+        """
+        blocks = [block for block in self.up_blocks if isinstance(block, Level)]
+        last = max((index for index, block in enumerate(blocks) if block.attentions), default=0)
+        parts: list[list[Callable[[Tensor], Tensor]]] = [[self._middle]]
+        for index, block in enumerate(blocks):
+            parts[-1].append(block.features)
+            if block.upsamplers and index >= last:
+                parts.append([])
+            parts[-1].extend(block.upsamplers)
+        parts[-1].append(self._image)
+        return [partial(_chain, functions) for functions in parts]
+
+    def _middle(self, z_BCHW: Tensor) -> Tensor:
+        h_BCHW: Tensor = self.mid_block(self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last)))
+        return h_BCHW
+
+    def _image(self, h_BCHW: Tensor) -> Tensor:
         out_BCHW: Tensor = self.conv_out(functional.silu(self.conv_norm_out(h_BCHW)))
         return out_BCHW
+
+
+def _chain(functions: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    for function in functions:
+        x = function(x)
+    return x
 
 
 class Level(nn.Module):
@@ -113,12 +146,17 @@ class Level(nn.Module):
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.features(h_BCHW)
+        for resample in (*self.downsamplers, *self.upsamplers):
+            h_BCHW = resample(h_BCHW)
+        return h_BCHW
+
+    def features(self, h_BCHW: Tensor) -> Tensor:
+        """What the residual and attention blocks give, before any resampling."""
         for index, resnet in enumerate(self.resnets):
             h_BCHW = resnet(h_BCHW)
             if self.attentions:
                 h_BCHW = self.attentions[index](h_BCHW)
-        for resample in (*self.downsamplers, *self.upsamplers):
-            h_BCHW = resample(h_BCHW)
         return h_BCHW
 
 

@@ -4,7 +4,7 @@ Tensors in, tensors out. Knows nothing of schedules, losses, text, files or rank
 diffusers' UNet2DConditionModel (UNet2DModel where there is no context), so state dicts load strictly both ways.
 
 Shape letters: B batch, C channels, H W latent height and width, L context tokens, D context width, V width of the
-conditioning vector, E embedding width (4 x model_channels).
+conditioning vector, E embedding width (4 x model_channels), F all keys and values.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ldm_scale.nn.attention import AttentionBlock, SpatialTransformer
+from ldm_scale.nn.attention import Attention, AttentionBlock, Context, SpatialTransformer, TransformerBlock
 from ldm_scale.nn.blocks import (
     Downsample,
     Embedding,
@@ -150,30 +150,47 @@ class UNet(nn.Module):
         self.conv_norm_out = GroupNorm(config.norm_groups, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
         zero_parameters(self.conv_out)
+        self._cross_attentions: list[Attention] = [
+            module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)
+        ]
         self.to(memory_format=torch.channels_last)  # convolutions would copy NCHW weights and gradients at every pass
 
+    def keys_values(self, context_BLD: Tensor) -> Tensor:
+        """What all attentions make of a context, one after another, (B, F): once for the many steps of a sampler."""
+        _check_width("context", context_BLD, self.config.context_dim)
+        pairs = [attention.keys_values(context_BLD) for attention in self._cross_attentions]
+        return torch.cat([part_BLE.flatten(1) for pair in pairs for part_BLE in pair], dim=1)
+
     def forward(
-        self, z_BCHW: Tensor, t_B: Tensor, context_BLD: Tensor | None = None, vector_BE: Tensor | None = None
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        context_BLD: Tensor | None = None,
+        vector_BE: Tensor | None = None,
+        *,
+        keys_values_BF: Tensor | None = None,
     ) -> Tensor:
         """One prediction a sample.
 
-        z_BCHW       noisy latents, any concatenated conditioning in their last channels; H and W multiples of
-                     config.factor
-        t_B          timesteps as in the schedule's table, 0 is the least noisy; integers or floats
-        context_BLD  tokens to attend to, D = config.context_dim
-        vector_BE    one vector a sample, E = config.vector_dim
-        returns      (B, config.out_channels, H, W)
-        raises       ValueError where a condition is missing, unexpected or of another width, or H or W does not fit
+        z_BCHW          noisy latents, any concatenated conditioning in their last channels; H and W multiples of
+                        config.factor
+        t_B             timesteps as in the schedule's table, 0 is the least noisy; integers or floats
+        context_BLD     tokens to attend to, D = config.context_dim
+        vector_BE       one vector a sample, E = config.vector_dim
+        keys_values_BF  in place of the context: what `keys_values` made of it
+        returns         (B, config.out_channels, H, W)
+        raises          ValueError where a condition is missing, unexpected or of another width, or H or W does not fit
         """
-        self._check(z_BCHW, context_BLD, vector_BE)
+        self._check(z_BCHW, vector_BE)
+        context = self._context(context_BLD, keys_values_BF)
         activated_BE = functional.silu(self._embedding(t_B, vector_BE, z_BCHW.dtype))
         h_BCHW = self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last))
         skips = [h_BCHW]
         for down in self.down_blocks:
-            h_BCHW = down(h_BCHW, activated_BE, context_BLD, skips)
-        h_BCHW = self.mid_block(h_BCHW, activated_BE, context_BLD)
+            h_BCHW = down(h_BCHW, activated_BE, context, skips)
+        h_BCHW = self.mid_block(h_BCHW, activated_BE, context)
         for up in self.up_blocks:
-            h_BCHW = up(h_BCHW, activated_BE, context_BLD, skips)
+            h_BCHW = up(h_BCHW, activated_BE, context, skips)
         out_BCHW: Tensor = self.conv_out(functional.silu(self.conv_norm_out(h_BCHW)))
         return out_BCHW
 
@@ -184,7 +201,24 @@ class UNet(nn.Module):
             embedding_BE = embedding_BE + self.class_embedding(vector_BE)
         return embedding_BE
 
-    def _check(self, z_BCHW: Tensor, context_BLD: Tensor | None, vector_BE: Tensor | None) -> None:
+    def _context(self, context_BLD: Tensor | None, keys_values_BF: Tensor | None) -> Context | None:
+        """What the blocks are told: the tokens, or each attention's own keys and values."""
+        if keys_values_BF is None:
+            _check_width("context", context_BLD, self.config.context_dim)
+            return context_BLD
+        widths = [attention.to_q.out_features for attention in self._cross_attentions for _ in range(2)]
+        numbers = keys_values_BF.shape[1]
+        if context_BLD is not None or not widths or numbers % sum(widths):
+            raise ValueError(
+                f"{numbers} keys and values a sample; this U-Net takes {sum(widths)} a token, as its keys_values makes "
+                "them, and no context beside them"
+            )
+        tokens = numbers // sum(widths)
+        flat = keys_values_BF.split([tokens * width for width in widths], dim=1)
+        parts = [part_BE.unflatten(1, (tokens, -1)) for part_BE in flat]
+        return dict(zip(self._cross_attentions, zip(parts[::2], parts[1::2], strict=True), strict=True))
+
+    def _check(self, z_BCHW: Tensor, vector_BE: Tensor | None) -> None:
         if z_BCHW.shape[1] != self.config.in_channels:
             raise ValueError(f"latents have {z_BCHW.shape[1]} channels; unet.in_channels={self.config.in_channels}")
         height, width = z_BCHW.shape[-2:]
@@ -193,7 +227,6 @@ class UNet(nn.Module):
                 f"latents are {height} x {width}; the U-Net has {len(self.config.channel_mult)} levels, so both sides "
                 f"must be multiples of {self.config.factor}"
             )
-        _check_width("context", context_BLD, self.config.context_dim)
         _check_width("vector", vector_BE, self.config.vector_dim)
 
 
@@ -223,12 +256,12 @@ class DownBlock(nn.Module):
             skips.append(width)
         self.recomputed = config.activation_checkpointing
 
-    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context_BLD: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context: Context | None, skips: list[Tensor]) -> Tensor:
         """Pushes on `skips` what every residual block and the downsampler give; returns the last of them."""
         for index, resnet in enumerate(self.resnets):
             h_BCHW = _run(resnet, "resnet" in self.recomputed, h_BCHW, activated_BE)
             if self.attentions:
-                h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context_BLD)
+                h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context)
             skips.append(h_BCHW)
         for downsample in self.downsamplers:
             h_BCHW = _run(downsample, "resnet" in self.recomputed, h_BCHW, activated_BE)
@@ -246,9 +279,9 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([_attention(config, width)])
         self.recomputed = config.activation_checkpointing
 
-    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context_BLD: Tensor | None) -> Tensor:
+    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context: Context | None) -> Tensor:
         h_BCHW = _run(self.resnets[0], "resnet" in self.recomputed, h_BCHW, activated_BE)
-        h_BCHW = _run(self.attentions[0], "attention" in self.recomputed, h_BCHW, context_BLD)
+        h_BCHW = _run(self.attentions[0], "attention" in self.recomputed, h_BCHW, context)
         return _run(self.resnets[1], "resnet" in self.recomputed, h_BCHW, activated_BE)
 
 
@@ -271,19 +304,19 @@ class UpBlock(nn.Module):
             self.upsamplers.append(_resnet(config, width, width, double) if residual else Upsample(width))
         self.recomputed = config.activation_checkpointing
 
-    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context_BLD: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context: Context | None, skips: list[Tensor]) -> Tensor:
         """Pops from `skips` one feature map for every residual block."""
         for index, resnet in enumerate(self.resnets):
             h_BCHW = torch.cat((h_BCHW, skips.pop()), dim=1)
             h_BCHW = _run(resnet, "resnet" in self.recomputed, h_BCHW, activated_BE)
             if self.attentions:
-                h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context_BLD)
+                h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context)
         for upsample in self.upsamplers:
             h_BCHW = _run(upsample, "resnet" in self.recomputed, h_BCHW, activated_BE)
         return h_BCHW
 
 
-def _run(block: nn.Module, recompute: bool, h_BCHW: Tensor, condition: Tensor | None) -> Tensor:
+def _run(block: nn.Module, recompute: bool, h_BCHW: Tensor, condition: Context | None) -> Tensor:
     """The block's output. Where `recompute`, the backward pass runs the block again (same dropout, same autocast) and
     only its inputs are kept until then.
     """

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ldm_scale.core import runtime, storage
+from ldm_scale.core import runtime, storage, weights
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.masters import MOMENTS, Masters, Piece
 
@@ -128,7 +128,8 @@ class Checkpoints:
         if path not in self._sound and (reason := _damage(path)):
             raise CheckpointError(f"{path} is damaged: {reason}")
         reader = _Reader(path)
-        reader.require_architecture(self._masters.shapes, persistent_buffers(self._module))
+        wanted = self._masters.shapes | weights.shapes(persistent_buffers(self._module))
+        weights.require_same_architecture(reader.shapes, wanted, str(path))
         for kind, tensors in self._kinds().items():
             if kind in reader.kinds:
                 reader.fill(kind, self._masters, tensors)
@@ -146,7 +147,7 @@ class Checkpoints:
         """Rename checkpoints newer than one that training rolls back to, `*.abandoned`, so that none is resumed."""
 
         def rename() -> list[Path]:
-            newer = [path for path in _complete_ones(self._directory) if path.name > than.name]
+            newer = [path for path in complete_ones(self._directory) if path.name > than.name]
             for path in newer:
                 path.rename(path.with_name(f"{path.name}.abandoned"))
             return newer
@@ -164,7 +165,7 @@ class Checkpoints:
             final = aside.with_name(aside.name.removeprefix(".").removesuffix(".replaced"))
             if not final.exists():
                 aside.rename(final)
-        return _complete_ones(self._directory)
+        return complete_ones(self._directory)
 
     def _make_room(self, temporary: Path) -> None:
         self._recovered()
@@ -211,7 +212,7 @@ class Checkpoints:
         shutil.rmtree(final.with_name(f".{final.name}.replaced"), ignore_errors=True)
 
     def _prune(self) -> None:
-        complete = [path for path in _complete_ones(self._directory) if path not in self._damaged]
+        complete = [path for path in complete_ones(self._directory) if path not in self._damaged]
         kept = set(complete[: self._keep_last])
         if self._keep_every:
             first_of: dict[int, Path] = {}
@@ -228,7 +229,7 @@ def find(directory: Path, name: str = "latest") -> Path:
 
     raises  FileNotFoundError where there is none, CheckpointError where the named one is damaged
     """
-    complete = _complete_ones(directory)
+    complete = complete_ones(directory)
     if name == "latest":
         for path in complete:
             if (reason := _damage(path)) is None:
@@ -242,6 +243,11 @@ def find(directory: Path, name: str = "latest") -> Path:
     if reason := _damage(path):
         raise CheckpointError(f"{path} is damaged: {reason}")
     return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The saved state of a checkpoint, without its tensors."""
+    return dict(storage.read_json(path / _COMPLETE)["state"])
 
 
 def read_consolidated(path: Path, kind: str = _WEIGHT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -291,24 +297,15 @@ class _Reader:
             for name, start, numel in entry["pieces"]:
                 self._where.setdefault(name, []).append((start, numel, entry["file"]))
 
-    def require_architecture(self, shapes: dict[str, tuple[int, ...]], buffers: dict[str, Tensor]) -> None:
-        """Refuse a checkpoint of another model, naming what differs."""
-        held = {name: tuple(shape) for name, shape in self.meta["parameters"].items()}
-        held |= {name: tuple(tensor.shape) for name, tensor in self.buffers().items()}
-        wanted = shapes | {name: tuple(tensor.shape) for name, tensor in buffers.items()}
-        different = [f"{n} {held[n]}, wanted {wanted[n]}" for n in wanted if n in held and held[n] != wanted[n]]
-        lists = {
-            "missing": [name for name in wanted if name not in held],
-            "unexpected": [name for name in held if name not in wanted],
-            "mis-shaped": different,
-        }
-        told = [f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}" for kind, names in lists.items() if names]
-        if told:
-            raise ValueError(f"{self._path} holds another architecture; " + "; ".join(told))
-
     def fill(self, kind: str, masters: Masters, tensors: Sequence[Tensor]) -> None:
         for piece in masters.pieces:
             masters.write(tensors, piece, self._range(kind, piece.name, piece.start, piece.numel))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter and buffer."""
+        parameters = {name: tuple(shape) for name, shape in self.meta["parameters"].items()}
+        return parameters | weights.shapes(self.buffers())
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         shapes: dict[str, list[int]] = self.meta["parameters"]
@@ -341,7 +338,7 @@ def _images(path: Path) -> int:
     return int(path.name.removeprefix("images_"))
 
 
-def _complete_ones(directory: Path) -> list[Path]:
+def complete_ones(directory: Path) -> list[Path]:
     """Directories with a `complete.json`, newest first."""
     if not directory.is_dir():
         return []
@@ -350,7 +347,7 @@ def _complete_ones(directory: Path) -> list[Path]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing. Collective: ranks share the files out and agree."""
+    """What is wrong with a checkpoint, None if nothing. Ranks of a process group share the files out and agree."""
     try:
         meta = storage.read_json(path / _COMPLETE)
         files = [*meta["files"], meta["buffers"]] if meta.pop("digest") == storage.digest(meta) else None
@@ -359,7 +356,8 @@ def _damage(path: Path) -> str | None:
     else:
         reason = f"{_COMPLETE} is not as written"
     if files is not None:
-        mine = (_file_damage(path, entry) for entry in files[runtime.rank() :: runtime.world()])
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = (_file_damage(path, entry) for entry in files[rank::world])
         reason = next((found for found in mine if found), "")
     return next((found for found in _gathered(reason) if found), None)
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from ldm_scale.conditioning.base import Conditioner
 from ldm_scale.core import rng
 from ldm_scale.data.loader import ImageBatch, LatentBatch
+from ldm_scale.diffusion.timesteps import draw_timesteps
 from ldm_scale.first_stage.base import Moments, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss
+from ldm_scale.latent_diffusion.model import DiffusionConfig
 from ldm_scale.training.engine import Engine
 
 Batch = TypeVar("Batch", contravariant=True)
@@ -43,18 +45,24 @@ class DiffusionStep:
         conditioner: Conditioner | None,
         moments: MomentsKind,
         latent_scale: float,
-        timesteps: int,
+        diffusion: DiffusionConfig,
         seed: int,
     ) -> None:
         self._engine, self._conditioner, self._seed = engine, conditioner, seed
-        self._moments, self._latent_scale, self._timesteps = moments, latent_scale, timesteps
+        self._moments, self._latent_scale, self._diffusion = moments, latent_scale, diffusion
         self._mean = _Mean(engine)
 
     def __call__(self, batch: LatentBatch, learning_rate: float) -> Metrics:
         positions_B = batch.positions.to(self._engine.device, non_blocking=True)
         z_0_BCHW = self._latents(batch, positions_B)
         noise_BCHW = rng.normal(self._seed, "diffusion/noise", positions_B, tuple(z_0_BCHW.shape[1:]))
-        t_B = rng.integers(self._seed, "diffusion/timestep", positions_B, self._timesteps)
+        t_B = draw_timesteps(
+            self._diffusion.timesteps,
+            steps=self._diffusion.schedule.steps,
+            seed=self._seed,
+            positions_B=positions_B,
+            global_batch=self._engine.global_batch,
+        )
         with self._engine.accumulate():
             loss = self._engine.model(z_0_BCHW, noise_BCHW, t_B, self._inputs(batch, positions_B)).mean()
             self._engine.backward(loss)

@@ -3,11 +3,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm_scale.diffusion.schedule import End, NoiseSchedule, ScheduleConfig, Spacing
+from ldm_scale.diffusion.schedule import (
+    End,
+    NoiseSchedule,
+    ScheduleConfig,
+    ScheduleKind,
+    Spacing,
+    TimestepTable,
+)
 
 # beta_start, beta_end: alpha_bar at 0, 249, 499, 749, 999, measured on the reference's own code
 GOLDEN = {
@@ -37,11 +44,68 @@ def test_scaled_linear_is_that_of_diffusers():
     np.testing.assert_allclose(SCHEDULE.alphas_cumprod, theirs, rtol=1e-4, atol=5e-7)
 
 
-def test_levels_preserve_variance_and_fall():
-    levels = np.array([SCHEDULE.at(t) for t in range(1000)])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("kind", ScheduleKind)
+def test_every_kind_is_that_of_diffusers(kind: ScheduleKind, zero_terminal_snr: bool):
+    names = {ScheduleKind.scaled_linear: "scaled_linear", ScheduleKind.linear: "linear"}
+    theirs = DDPMScheduler(
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule=names.get(kind, "squaredcos_cap_v2"),
+        rescale_betas_zero_snr=zero_terminal_snr,
+    )
+    ours = ScheduleConfig(kind=kind, beta_start=0.0015, beta_end=0.0195, zero_terminal_snr=zero_terminal_snr).build()
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=3e-4, atol=1e-6)
+
+
+def test_linear_is_ho_s():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    schedule = ScheduleConfig(kind=ScheduleKind.linear, beta_start=1e-4, beta_end=0.02).build()
+    np.testing.assert_allclose(schedule.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
+
+
+def test_cosine_is_a_squared_cosine_until_beta_is_clipped():
+    """Nichol & Dhariwal 2021, eq. 17; the betas of a schedule do not matter to it."""
+    schedule = ScheduleConfig(kind=ScheduleKind.cosine, beta_start=0.1, beta_end=0.2).build()
+    cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(schedule.alphas_cumprod[:-1], cosine[1:-1] / cosine[0], rtol=1e-10)
+    np.testing.assert_allclose(schedule.alphas_cumprod[-1] / schedule.alphas_cumprod[-2], 0.001, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ScheduleKind)
+def test_zero_terminal_snr_moves_the_end_and_keeps_the_beginning(kind: ScheduleKind):
+    """Lin et al. 2024, algorithm 1; the end is exact, since samplers and losses divide by what is left there."""
+    plain, rescaled = (ScheduleConfig(kind=kind, zero_terminal_snr=zero).build() for zero in (False, True))
+    assert rescaled.at(999) == (0.0, 1.0) and rescaled.snr[999] == 0
+    np.testing.assert_allclose(rescaled.at(0), plain.at(0), rtol=1e-11)
+    alphas = plain.alphas_cumprod.sqrt()
+    shifted = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    np.testing.assert_allclose(rescaled.alphas_cumprod.sqrt(), shifted, rtol=1e-12, atol=1e-15)
+    noise = torch.ones(1, 4, dtype=torch.float64)
+    assert torch.equal(rescaled.noised(5 * noise, noise, torch.tensor([999])), noise)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+@pytest.mark.parametrize("kind", ScheduleKind)
+def test_levels_preserve_variance_and_fall(kind: ScheduleKind, steps: int, zero_terminal_snr: bool):
+    schedule = ScheduleConfig(kind=kind, steps=steps, zero_terminal_snr=zero_terminal_snr).build()
+    levels = np.array([schedule.at(t) for t in range(steps)])
     np.testing.assert_allclose((levels**2).sum(1), 1, rtol=1e-14)
-    np.testing.assert_allclose(levels[:, 0] ** 2, SCHEDULE.alphas_cumprod, rtol=1e-14)
-    assert (np.diff(levels[:, 0]) < 0).all()
+    np.testing.assert_allclose(levels[:, 0] ** 2, schedule.alphas_cumprod, rtol=1e-14)
+    np.testing.assert_allclose((levels[:, 0] / levels[:, 1]) ** 2, schedule.snr, rtol=1e-12)
+    assert (np.diff(levels[:, 0]) < 0).all() and (np.diff(schedule.snr) < 0).all()
+
+
+@pytest.mark.parametrize(
+    "given_dtype, dtype", [(torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
+)
+def test_a_timestep_table_answers_for_each_sample(given_dtype: torch.dtype, dtype: torch.dtype):
+    values = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    table, t_B = TimestepTable(values), torch.tensor([2, 0, 2, 1])
+    for _ in range(2):  # the second time from its copy
+        found = table(t_B, torch.empty(4, 5, dtype=given_dtype))
+        assert found.dtype == dtype and torch.equal(found, values[:, [2, 0, 2, 1]].to(dtype))
 
 
 def test_sampling_ends_on_the_first_level_as_in_the_reference():
@@ -141,6 +205,14 @@ def test_every_count_gives_that_many_different_descending_even_timesteps(total: 
         assert timesteps[0] == total - 1
     if spacing is Spacing.linspace and steps > 1:
         assert timesteps[-1] == 0
+
+
+@pytest.mark.parametrize("spacing", Spacing)
+def test_every_count_works_on_the_papers_schedule(spacing: Spacing):
+    for steps in range(1, 1001):
+        timesteps = SCHEDULE.timesteps(steps, spacing)
+        assert len(timesteps) == steps and timesteps[0] <= 999 and timesteps[-1] >= 0
+        assert all(t > s for t, s in pairwise(timesteps))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

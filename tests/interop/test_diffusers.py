@@ -20,7 +20,7 @@ from ldm_scale.conditioning.clip_text import ClipTextConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.conditioning.tokenizer import train_wordpiece
 from ldm_scale.diffusion.objective import ObjectiveConfig, Prediction
-from ldm_scale.diffusion.schedule import End, ScheduleConfig
+from ldm_scale.diffusion.schedule import End, ScheduleConfig, ScheduleKind
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.identity import IdentityConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -305,6 +305,18 @@ def test_scheduler_takes_our_steps(prediction: Prediction, end: End):
     assert (ours - z).abs().max() <= 1e-4 * z.abs().max()
 
 
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("kind", ScheduleKind)
+def test_scheduler_has_our_levels(kind: ScheduleKind, zero_terminal_snr: bool):
+    config = DiffusionConfig(
+        schedule=ScheduleConfig(kind=kind, zero_terminal_snr=zero_terminal_snr),
+        objective=ObjectiveConfig(prediction=Prediction.v),
+    )
+    assert words.read_scheduler(words.scheduler(config), "here") == config
+    theirs = diffusers.DDIMScheduler.from_config(words.scheduler(config)).alphas_cumprod.double()
+    torch.testing.assert_close(theirs, config.schedule.build().alphas_cumprod, rtol=3e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", words.SPOKEN)
 def test_defaults_are_those_of_diffusers(name: str):
     """A key that a file leaves out means what its class says; a key that we ignore or do not know is at its default."""
@@ -342,7 +354,7 @@ def test_networks_that_we_have_not_are_refused_by_name(key: str, value: Any):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("beta_schedule", "linear"), ("trained_betas", [0.1]), ("rescale_betas_zero_snr", True)]
+    ("key", "value"), [("beta_schedule", "sigmoid"), ("trained_betas", [0.1]), ("prediction_type", "flow")]
 )
 def test_schedules_that_we_have_not_are_refused_by_name(key: str, value: Any):
     with pytest.raises(ValueError, match=key):

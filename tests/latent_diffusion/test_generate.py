@@ -40,7 +40,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
         torch.nn.init.normal_(parameter, std=0.2)
     stage = AutoencoderKLConfig(channels=8, channel_mult=[1, 1], num_res_blocks=1, norm_groups=4).build()
     sampler = DDIMConfig(steps=3, eta=1.0, guidance=2.0)
-    return Generator(model=model, first_stage=stage, latent_scale=0.5, sampler=sampler, size=16, seed=7)
+    return Generator(model=model, first_stage=stage, latent_scale=0.5, sampler=sampler, size=(16, 16), seed=7)
 
 
 def test_an_image_is_the_same_in_any_batch(generator: Generator) -> None:

@@ -69,6 +69,9 @@ def test_conditions_reach_the_unet(name: str):
     assert (null - out).abs().amax(dim=(1, 2, 3)).min() > 1e-3
     dropped = model.conditions(model.conditioner.dropped(inputs, torch.tensor([True, True])))
     torch.testing.assert_close(model.network(z, t, **dropped), null)
+    many_steps = model.sampling_conditions(inputs)
+    assert ("keys_values_BF" in many_steps) == (told == "context_BLD")
+    assert torch.equal(model.network(z, t, **many_steps), out)
 
 
 @torch.no_grad()
@@ -104,7 +107,7 @@ def images(model: LatentDiffusion, conditions: list[Any], guidance: float) -> to
     torch.manual_seed(1)
     stage = AutoencoderKLConfig(channels=8, channel_mult=[1, 1], num_res_blocks=1, norm_groups=4).build()
     sampler = DDIMConfig(steps=2, guidance=guidance)
-    generator = Generator(model=model, first_stage=stage, latent_scale=0.5, sampler=sampler, size=16, seed=7)
+    generator = Generator(model=model, first_stage=stage, latent_scale=0.5, sampler=sampler, size=(16, 16), seed=7)
     return generator.images(conditions, [0, 0])
 
 

@@ -215,6 +215,19 @@ def test_float_timesteps_are_integer_ones(randomise: Any):
     assert torch.equal(unet(z, t.float(), context), unet(z, t, context))
 
 
+@pytest.mark.parametrize("changes", [{"transformer_depth": 2}, TEXT_TO_IMAGE], ids=["deep", "text_to_image"])
+def test_keys_and_values_stand_for_their_context(randomise: Any, changes: dict[str, Any]):
+    unet = randomise(toy(**changes).build(), 9)
+    z, t, context = inputs(side=16)
+    keys_values = unet.keys_values(context)
+    assert torch.equal(unet(z, t, keys_values_BF=keys_values), unet(z, t, context))
+    assert not torch.equal(unet(z, t, keys_values_BF=keys_values.roll(1, dims=0)), unet(z, t, context))
+    with pytest.raises(ValueError, match=r"7 keys and values a sample; this U-Net takes \d+ a token"):
+        unet(z, t, keys_values_BF=keys_values[:, :7])
+    with pytest.raises(ValueError, match="no context beside them"):
+        unet(z, t, context, keys_values_BF=keys_values)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -279,3 +292,6 @@ def test_compiles_without_graph_breaks(randomise: Any, changes: dict[str, Any]):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     out.square().mean().backward()
     assert all(p.grad is not None for p in unet.parameters())
+    if config.context_dim:
+        told = unet.keys_values(context)
+        torch.testing.assert_close(compiled(z, t, None, given[3], keys_values_BF=told), expected, rtol=1e-4, atol=1e-5)
