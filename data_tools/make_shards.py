@@ -1,43 +1,46 @@
-"""Any folder of captioned images -> WebDataset shards by the img2dataset convention.
+"""Any folder of images -> WebDataset shards by the img2dataset convention: captions, classes, boxes, label maps.
 
-Also the owner of how the tools here write a dataset: `Shard` (one tar and its sidecars), `DatasetWriter` (train and val
-shards, rejected.jsonl, counts that add up). Knows nothing of models or latents.
+Captions come from .txt files or a table; `annotations.py` brings the rest. Knows nothing of models or latents.
 """
 
 import argparse
 import csv
-import hashlib
 import io
 import json
-import re
-import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from rich.console import Console
 
-from ldm_scale.core import progress, rng, storage
-from ldm_scale.data.shards import ShardWriter
+from data_tools.annotations import Annotation, Classes, CocoBoxes, FolderClasses, LabelMaps, OpenImagesBoxes
+from data_tools.command_line import run_tool, say
+from data_tools.dataset_writer import (
+    Counts,
+    DatasetWriter,
+    Rejected,
+    Sample,
+    encode_png,
+    image_facts,
+    summary,
+    write_report,
+)
+from ldm_scale.core import progress, storage
 from ldm_scale.images.decode import UndecodableImage, decode
 from ldm_scale.images.resize import resize_shorter_side
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Files that count as images; everything else in a folder is left alone."""
-_OURS = re.compile(r"\d{5}(\.tar|\.parquet|_stats\.json)")
 _MAX_BYTES = 2**28  # of one image file
 _JPEG_QUALITY = 95
 _CHUNK = 256  # files handed to the threads at a time
 _THREADS = 8
+_FREE = ("out", "overwrite", "report")  # arguments that do not decide what is written
 
 _EXAMPLES = """\
 examples:
@@ -47,25 +50,20 @@ examples:
       captions from a table (.csv, .jsonl or .parquet); its image paths are relative to the folder
   python -m data_tools.make_shards scans data/scans --max-side 512 --val-share 0.02 --shard-size 5000
       shrink images longer than 512 pixels; hold 2% of the images out in data/scans/val
+  python -m data_tools.make_shards imagenet/train data/imagenet --classes --val-share 0
+  python -m data_tools.make_shards imagenet/val data/imagenet_val --classes --class-ids data/imagenet/classes.json
+      imagenet/train/n01440764/x.jpg is of class n01440764; the second call gives classes the numbers of the first
+  python -m data_tools.make_shards coco/train2017 data/coco --coco coco/annotations/instances_train2017.json
+  python -m data_tools.make_shards openimages/train data/openimages --open-images oidv6-train-annotations-bbox.csv \\
+      --class-names class-descriptions-boxable.csv
+      boxes for layout-to-image
+  python -m data_tools.make_shards ade20k/images data/ade20k --maps ade20k/annotations
+      images/a/1.jpg with the label map annotations/a/1.png, for segmentation-to-image
+
+Kinds may be combined. With a class, boxes or a map a caption may be missing. Run again after a stop, finished shards
+are kept. Beside train/ and val/ in OUT: rejected.jsonl, classes.json, and the report unless --report says where.
+Exit code: 1 where nothing was written, 2 for a mistake in the arguments.
 """
-
-
-class Rejected(Exception):
-    """A sample that cannot be written; `reason` goes into rejected.jsonl."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail or reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sample before it has a key."""
-
-    members: Mapping[str, bytes]
-    """Field (`png`, `txt`, ...) to bytes; the json is added when it is written."""
-    facts: Mapping[str, Any]
-    """What the json and the parquet say of it, beside its key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,159 +75,6 @@ class Entry:
     image: Path | None
     caption: str | Path | None
     """The text, the file that holds it, or None where there is none."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """read = written + rejected, always."""
-
-    written: Counter[str] = field(default_factory=Counter)
-    """By split."""
-    rejected: Counter[str] = field(default_factory=Counter)
-    """By reason."""
-
-    @property
-    def read(self) -> int:
-        return self.written.total() + self.rejected.total()
-
-
-class Shard:
-    """`{number}.tar` with its `.parquet` and `_stats.json`, under `folder`; keys are `{folder name}_{number}_{index}`.
-
-    The stats are written last: they mark a finished shard, as img2dataset does. Their times are zero, so that equal
-    samples give equal bytes.
-    """
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self.tar = folder / f"{number:05d}.tar"
-        self._prefix = f"{folder.name}_{number:05d}"
-        self._writer = ShardWriter(self.tar)
-        self._rows: list[dict[str, Any]] = []
-
-    @property
-    def count(self) -> int:
-        return len(self._rows)
-
-    def add(self, sample: Sample) -> None:
-        key = f"{self._prefix}_{self.count:05d}"
-        row = {**sample.facts, "key": key, "status": "success", "error_message": None}
-        self._writer.add(key, {**sample.members, "json": json.dumps(row, ensure_ascii=False).encode()})
-        self._rows.append(row)
-
-    def close(self) -> None:
-        self._writer.close()
-        with storage.atomic_write(self.tar.with_suffix(".parquet")) as file:
-            pq.write_table(pa.Table.from_pylist(self._rows), file)
-        stats = {
-            "count": self.count,
-            "successes": self.count,
-            "failed_to_download": 0,
-            "failed_to_resize": 0,
-            "duration": 0.0,
-            "start_time": 0.0,
-            "end_time": 0.0,
-            "status_dict": {"success": self.count},
-        }
-        storage.write_json(stats_file(self.tar), stats)
-
-    def abort(self) -> None:
-        self._writer.abort()
-
-
-class DatasetWriter:
-    """Writes samples into `{out}/train` and `{out}/val`, and what was rejected into `{out}/rejected.jsonl`.
-
-    A context manager: on an exception the shards that were open are left out, the finished ones stay.
-    """
-
-    def __init__(self, out: Path, *, shard_size: int, val_share: float) -> None:
-        require_shard_size(shard_size)
-        if not 0 <= val_share < 1:
-            raise ValueError(f"--val-share {val_share}; must be at least 0 and less than 1")
-        self.out, self.counts = out, Counts()
-        self._shard_size, self._val_share = shard_size, val_share
-        self._open: dict[str, Shard] = {}
-        self._numbers: Counter[str] = Counter()
-        self._rejections: list[dict[str, str]] = []
-
-    def add(self, sample: Sample, *, group: str) -> None:
-        """Write a sample; all of one `group` go to the same split, on every run."""
-        split = "val" if rng.text_uniform(f"split/{group}") < self._val_share else "train"
-        if split not in self._open:
-            self._open[split] = Shard(self.out / split, self._numbers[split])
-        self._open[split].add(sample)
-        self.counts.written[split] += 1
-        if self._open[split].count == self._shard_size:
-            self._finish(split)
-
-    def reject(self, name: str, error: Rejected) -> None:
-        """Count a sample that is left out."""
-        self.counts.rejected[error.reason] += 1
-        self._rejections.append({"path": name, "reason": error.reason, "detail": str(error)})
-
-    def _finish(self, split: str) -> None:
-        self._open[split].close()
-        del self._open[split]
-        self._numbers[split] += 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None:
-            for shard in self._open.values():
-                shard.abort()
-            return
-        for split in list(self._open):
-            self._finish(split)
-        with storage.atomic_write(self.out / "rejected.jsonl") as file:
-            for rejection in self._rejections:
-                file.write(json.dumps(rejection, ensure_ascii=False).encode() + b"\n")
-
-
-def require_shard_size(shard_size: int) -> None:
-    """Keys have five digits for the place in a shard."""
-    if not 1 <= shard_size <= 100_000:
-        raise ValueError(f"--shard-size {shard_size}; must be 1 to 100000")
-
-
-def stats_file(tar: Path) -> Path:
-    """The sidecar that marks a shard as finished."""
-    return tar.with_name(f"{tar.stem}_stats.json")
-
-
-def clear(out: Path, *, overwrite: bool) -> None:
-    """Make `out` ready for a new dataset; only files that these tools write are ever removed.
-
-    raises  ValueError where shards are in the way and may not be overwritten
-    """
-    folders = [out / "train", out / "val"]
-    ours = [path for folder in folders for path in folder.glob("*") if _OURS.fullmatch(path.name)]
-    if ours and not overwrite:
-        raise ValueError(f"{out} already holds shards ({ours[0]}, ...); choose another directory or add --overwrite")
-    for path in ours:
-        path.unlink()
-    for folder in folders:
-        shutil.rmtree(folder / ".ldm", ignore_errors=True)
-
-
-def image_facts(stored: bytes, pixels: np.ndarray, *, caption: str, original: np.ndarray) -> dict[str, Any]:
-    """What img2dataset's json says of an image: sizes in pixels, caption, sha256 of the stored bytes."""
-    return {
-        "caption": caption,
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
-        "original_width": original.shape[1],
-        "original_height": original.shape[0],
-        "sha256": hashlib.sha256(stored).hexdigest(),
-    }
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) or (H, W) uint8 to PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def folder_entries(folder: Path) -> list[Entry]:
@@ -286,14 +131,14 @@ def _json_row(line: str) -> Mapping[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def load(entry: Entry, *, max_side: int | None) -> Sample:
+def load(entry: Entry, *, max_side: int | None, annotations: Sequence[Annotation] = ()) -> Sample:
     """Read and check one entry. The bytes stay as they are where readers know the format and no side is too long.
 
     raises  Rejected
     """
     if entry.image is None:
         raise Rejected("missing_file", f"no image for {entry.name}")
-    caption = _caption(entry)
+    caption = _caption(entry, required=not annotations)
     data = _read_image(entry.image)
     try:
         original = decode(data)
@@ -303,22 +148,29 @@ def load(entry: Entry, *, max_side: int | None) -> Sample:
     if pixels is not original or suffix is None:
         suffix = "jpg" if suffix == "jpg" else "png"
         data = _encode_jpg(pixels) if suffix == "jpg" else encode_png(pixels)
-    facts = image_facts(data, pixels, caption=caption, original=original)
-    return Sample({suffix: data, "txt": caption.encode()}, {**facts, "source": entry.name})
+    members = {suffix: data} | ({"txt": caption.encode()} if caption else {})
+    facts = {**image_facts(data, pixels, caption=caption, original=original), "source": entry.name}
+    for annotation in annotations:
+        found = annotation.of(entry.name, original, (pixels.shape[1], pixels.shape[0]))
+        members |= found.members
+        facts |= found.facts
+    return Sample(members, facts)
 
 
-def _caption(entry: Entry) -> str:
+def _caption(entry: Entry, *, required: bool) -> str:
+    """The caption without space around it; empty where there is none and none is required."""
     text = entry.caption
-    if isinstance(text, Path):
-        try:
+    try:
+        if isinstance(text, Path):
             text = text.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError as error:
-            raise Rejected("missing_caption", f"no {entry.caption}") from error
-        except OSError as error:
-            raise Rejected("unreadable", str(error)) from error
-    if text is None or not text.strip():
-        raise Rejected("missing_caption", "the caption is empty")
-    return text.strip()
+    except FileNotFoundError:
+        text = None
+    except OSError as error:
+        raise Rejected("unreadable", str(error)) from error
+    caption = (text or "").strip()
+    if required and not caption:
+        raise Rejected("missing_caption", f"no caption, or an empty one, for {entry.name}")
+    return caption
 
 
 def _read_image(path: Path) -> bytes:
@@ -355,78 +207,109 @@ def _encode_jpg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_entries(entries: Sequence[Entry], writer: DatasetWriter, *, max_side: int | None) -> Counts:
-    """Load every entry with a few threads and write it, in order; equal images fall into the same split."""
+def write_entries(
+    entries: Sequence[Entry],
+    writer: DatasetWriter,
+    *,
+    max_side: int | None,
+    annotations: Sequence[Annotation] = (),
+    done: frozenset[int] = frozenset(),
+) -> Counts:
+    """Load every entry with a few threads and write it, in order; equal images fall into the same split.
 
-    def attempt(entry: Entry) -> Sample | Rejected:
+    done  places of entries that an earlier run has written
+    """
+
+    def attempt(place: int) -> Sample | Rejected:
         try:
-            return load(entry, max_side=max_side)
+            return load(entries[place], max_side=max_side, annotations=annotations)
         except Rejected as error:
             return error
 
-    with writer, ThreadPoolExecutor(_THREADS) as pool, progress.bar("shards", len(entries)) as bar:
-        for start in range(0, len(entries), _CHUNK):
-            chunk = entries[start : start + _CHUNK]
-            for entry, result in zip(chunk, pool.map(attempt, chunk), strict=True):
+    todo = [place for place in range(len(entries)) if place not in done]
+    with (
+        writer,
+        ThreadPoolExecutor(_THREADS) as pool,
+        progress.bar("shards", len(entries), done=len(entries) - len(todo)) as bar,
+    ):
+        for start in range(0, len(todo), _CHUNK):
+            chunk = todo[start : start + _CHUNK]
+            for place, result in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if isinstance(result, Rejected):
-                    writer.reject(entry.name, result)
+                    writer.reject(entries[place].name, result)
                 else:
-                    writer.add(result, group=result.facts["sha256"])
+                    writer.add(result, group=result.facts["sha256"], place=place)
             bar.advance(len(chunk), f"{writer.counts.rejected.total():,} rejected")
     return writer.counts
 
 
-def say(*lines: str) -> None:
-    """Write lines to standard output as they are."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    for line in lines:
-        console.print(line)
+def _annotations(arguments: argparse.Namespace) -> list[Annotation]:
+    classes = Classes.read(arguments.class_ids) if arguments.class_ids else None
+    found: list[Annotation] = []
+    if arguments.classes:
+        found.append(FolderClasses(arguments.folder, classes))
+    if arguments.coco:
+        found.append(CocoBoxes(arguments.coco, classes))
+    if arguments.open_images:
+        found.append(OpenImagesBoxes(arguments.open_images, arguments.class_names, classes))
+    if arguments.maps:
+        found.append(LabelMaps(arguments.maps))
+    if sum(one.classes is not None for one in found) > 1:
+        raise ValueError("--classes, --coco and --open-images each number classes; choose one of them")
+    return found
 
 
-def summary(out: Path, counts: Counts) -> list[str]:
-    """What was read, written and rejected, where it lies, and what to type next."""
-    lines = [f"read {counts.read:,} = written {counts.written.total():,} + rejected {counts.rejected.total():,}"]
-    lines += [f"  {split:5s} {counts.written[split]:9,}  {out / split}" for split in sorted(counts.written)]
-    lines += [f"  rejected {n:,} {reason}" for reason, n in counts.rejected.most_common()]
-    if counts.rejected:
-        lines.append(f"  each by name in {out / 'rejected.jsonl'}")
-    return lines + next_steps(out) if counts.written else lines
+def _entries(arguments: argparse.Namespace) -> list[Entry]:
+    if arguments.table is None:
+        return folder_entries(arguments.folder)
+    return table_entries(
+        arguments.folder, arguments.table, image_column=arguments.image_column, caption_column=arguments.caption_column
+    )
 
 
-def next_steps(out: Path) -> list[str]:
-    """The command that uses a finished dataset."""
-    return [f"next: python precompute_latents.py +experiment=NAME data.images={out / 'train'}"]
+def _check(arguments: argparse.Namespace) -> None:
+    folder, maps = arguments.folder, arguments.maps
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no directory; give the folder that holds the images")
+    if arguments.max_side is not None and arguments.max_side < 1:
+        raise ValueError(f"--max-side {arguments.max_side}; must be at least 1 pixel")
+    if maps is not None and maps.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--maps {maps} lies in {folder}, so its files would be taken for images; move it out")
+    if arguments.class_names and not arguments.open_images:
+        raise ValueError("--class-names belongs to --open-images; COCO's file and folders name their classes")
 
 
-def run_tool(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Call a tool's work; a mistake that the user can mend is one line and exit code 2."""
-    try:
-        return work(arguments)
-    except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
-        return 2
+def _labels_seen(out: Path) -> list[int]:
+    """Every label that occurs in a label map."""
+    tables = (pq.read_table(path, columns=["labels"]) for path in sorted(out.glob("*/*.parquet")))
+    return sorted(
+        {label for table in tables for label in table["labels"].combine_chunks().flatten().unique().to_pylist()}
+    )
 
 
 def _work(arguments: argparse.Namespace) -> int:
-    if not arguments.folder.is_dir():
-        raise FileNotFoundError(f"{arguments.folder} is no directory; give the folder that holds the images")
-    if arguments.max_side is not None and arguments.max_side < 1:
-        raise ValueError(f"--max-side {arguments.max_side}; must be at least 1 pixel")
-    writer = DatasetWriter(arguments.out, shard_size=arguments.shard_size, val_share=arguments.val_share)
-    if arguments.table is None:
-        entries = folder_entries(arguments.folder)
-    else:
-        entries = table_entries(
-            arguments.folder,
-            arguments.table,
-            image_column=arguments.image_column,
-            caption_column=arguments.caption_column,
-        )
-    clear(arguments.out, overwrite=arguments.overwrite)
-    counts = write_entries(entries, writer, max_side=arguments.max_side)
-    say(*summary(arguments.out, counts))
+    _check(arguments)
+    out: Path = arguments.out
+    writer = DatasetWriter(out, shard_size=arguments.shard_size, val_share=arguments.val_share)
+    annotations, entries = _annotations(arguments), _entries(arguments)
+    recipe = {name: str(value) for name, value in vars(arguments).items() if name not in _FREE}
+    recipe |= {"files": storage.digest([entry.name for entry in entries])}
+    done = writer.begin(recipe, overwrite=arguments.overwrite)
+    facts: dict[str, Any] = {}
+    for annotation in annotations:
+        if annotation.classes is not None:
+            storage.write_json(out / "classes.json", annotation.classes.to_json())
+            facts |= {"classes": len(annotation.classes.names), "left_out": dict(+annotation.left_out)}
+            say(f"{facts['classes']:,} classes, named in {out / 'classes.json'}")
+            say(*(f"  left out {n:,} boxes: {reason}" for reason, n in facts["left_out"].items()))
+    counts = write_entries(entries, writer, max_side=arguments.max_side, annotations=annotations, done=frozenset(done))
+    if arguments.maps and counts.written:
+        facts |= {"labels": _labels_seen(out)}
+        say(f"labels in the maps: {', '.join(map(str, facts['labels']))}")
+    report = write_report(out, counts, facts, arguments.report)
+    say(f"report: {report}", *summary(out, counts))
     if not counts.written:
-        say(f"nothing was written: {arguments.folder} gave no usable image with a caption")
+        say(f"nothing was written: {arguments.folder} gave no usable image")
         return 1
     return 0
 
@@ -435,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 where nothing was written, 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m data_tools.make_shards",
-        description="Write a folder of captioned images as WebDataset shards (img2dataset convention).",
+        description="Write a folder of images and what is known of them as WebDataset shards (img2dataset convention).",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -444,10 +327,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="captions from a .csv, .jsonl or .parquet instead of .txt files")
     parser.add_argument("--image-column", default="image", help="column of image paths (default: image)")
     parser.add_argument("--caption-column", default="caption", help="column of captions (default: caption)")
+    parser.add_argument("--classes", action="store_true", help="an image's class is the first folder of its path")
+    parser.add_argument("--coco", type=Path, metavar="JSON", help="boxes from a COCO instances file")
+    parser.add_argument("--open-images", type=Path, metavar="CSV", help="boxes from an Open Images box file")
+    parser.add_argument("--class-names", type=Path, metavar="CSV", help="Open Images' class descriptions")
+    parser.add_argument("--class-ids", type=Path, metavar="JSON", help="number classes as this classes.json does")
+    parser.add_argument("--maps", type=Path, metavar="FOLDER", help="label maps: PNG files under the images' names")
     parser.add_argument("--shard-size", type=int, default=10_000, help="samples in a shard (default: 10000)")
     parser.add_argument("--val-share", type=float, default=0.05, help="share held out, by hash (default: 0.05)")
     parser.add_argument("--max-side", type=int, help="shrink longer images to this many pixels (default: keep)")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that are in OUT")
+    parser.add_argument("--report", type=Path, help="where the JSON report goes (default: OUT/report.json)")
     return run_tool(_work, parser.parse_args(argv))
 
 

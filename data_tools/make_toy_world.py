@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_tools.make_shards import (
+from data_tools.command_line import run_tool, say
+from data_tools.dataset_writer import (
     Sample,
     Shard,
     clear,
@@ -24,8 +25,6 @@ from data_tools.make_shards import (
     image_facts,
     next_steps,
     require_shard_size,
-    run_tool,
-    say,
     stats_file,
 )
 from ldm_scale.core import progress, rng, storage

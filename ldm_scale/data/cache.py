@@ -1,6 +1,7 @@
 """The latent cache: images encoded once, as WebDataset shards that any reader understands. Owner of the format.
 
-    {shard}.tar             ustar; a PAX global header with the fingerprint, then `{key}.npy`, `{key}.txt`, ... by key
+    {shard}.tar             ustar; a PAX global header with the fingerprint, then `{key}.npy`, `{key}.txt`, ... by key;
+                            `{key}.flip.npy` too where the latents of mirror images were asked for
     {shard}.parquet         metadata of each sample
     .ldm/{shard}.idx        index
     .ldm/{shard}.done.json  what was read, written and rejected, what the latents look like; written last of a shard
@@ -16,7 +17,7 @@ of the latent, H W latent height and width.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,15 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from xxhash import xxh3_64_intdigest
 
 from ldm_scale.core import storage
 from ldm_scale.data.index import Rejection, index_shard
+from ldm_scale.data.remote import RemoteReader
 from ldm_scale.data.shards import (
     SIDECARS,
     CorruptSample,
+    OpenShard,
     ShardSet,
     ShardSummary,
     Sidecars,
@@ -43,6 +47,8 @@ from ldm_scale.data.tar import ShardWriter
 FORMAT = "ldm_scale latents/1"
 KINDS = ("gaussian", "point")
 NPY_HEADER_BYTES = 128
+MIRRORED = "flip.npy"
+"""Member that holds the moments of the mirror image."""
 _LOGVAR_RANGE = (-30.0, 20.0)  # as the first stage clamps it before it draws
 
 Substitute = Callable[[int, CorruptSample], int]
@@ -425,13 +431,20 @@ def finish_cache(
 
 
 class LatentCache:
-    """A finished cache, read by sample number. Opening it checks every shard against the manifest."""
+    """A finished cache, read by sample number. Opening it checks every shard against the manifest.
+
+    names   of the shards
+    starts  (shards + 1,) int64: number of the first sample of each, then of all
+    """
 
     def __init__(self, folder: str, manifest: CacheManifest, shards: ShardSet) -> None:
         self.folder, self.manifest, self._shards = folder, manifest, shards
-        self.n = shards.n
+        self.n, self.names, self.starts = shards.n, shards.names, shards.starts
         self.order_id = shards.order_id
         self.shape = tuple(manifest.shape)
+        self.holds_mirrored = all(
+            record.summary.count_with([[MIRRORED]]) == record.written for record in manifest.shards
+        )
 
     @property
     def content_id(self) -> str:
@@ -439,9 +452,10 @@ class LatentCache:
         return storage.digest([self.manifest.fingerprint, self._shards.content_id])
 
     @classmethod
-    def open(cls, source: str, index_dir: str | None = None) -> "LatentCache":
+    def open(cls, source: str, index_dir: str | None = None, remote: RemoteReader | None = None) -> "LatentCache":
         """Open the shards that `source` names: a cache's directory, or some of its tars.
 
+        remote  how remote shards are read; by blocks if None
         raises  FileNotFoundError where nothing is there or the cache is unfinished
                 ValueError naming the shard and both sizes where a tar is not the one in the manifest
         """
@@ -462,68 +476,129 @@ class LatentCache:
             raise ValueError(f"{folder}/{strangers[0]} is not in {folder}/manifest.json: it belongs to another cache")
         records = [known[name] for name in names]
         _require_sizes(urls, records)
-        shards = ShardSet(urls, [record.summary for record in records], Sidecars(index_dir))
+        shards = ShardSet(urls, [record.summary for record in records], Sidecars(index_dir), remote=remote)
         return cls(folder, manifest, shards)
+
+    def view(self, selection: Sequence[str] = (), removed: Sequence[str] = ()) -> "LatentCache":
+        """The same cache as a training reads it; see `ShardSet.view`. What precompute rejected may be selected."""
+        records = {record.name: record for record in self.manifest.shards}
+
+        def rejected(shard: int) -> Collection[str]:
+            return {key for _, key in records[self._shards.names[shard]].rejected_keys if key is not None}
+
+        return LatentCache(self.folder, self.manifest, self._shards.view(selection, removed, lost=rejected))
 
     def keys(self, sample_ids: np.ndarray) -> list[str]:
         """The key of each sample."""
         return self._shards.keys(sample_ids)
+
+    def announce(self, sample_ids: np.ndarray) -> None:
+        """Say that these samples will be read soon; see `ShardSet.announce`."""
+        self._shards.announce(sample_ids)
 
     def members(self, sample_ids: np.ndarray, fields: Sequence[str]) -> list[dict[str, bytes]]:
         """Further members of each sample, such as `cls`."""
         return self._shards.read(sample_ids, fields)
 
     def read(
-        self, sample_ids: np.ndarray, out: np.ndarray | None = None, *, substitute: Substitute | None = None
+        self,
+        sample_ids: np.ndarray,
+        out: np.ndarray | None = None,
+        *,
+        into: Sequence[int] | None = None,
+        mirrored: Sequence[bool] | None = None,
+        substitute: Substitute | None = None,
     ) -> tuple[np.ndarray, list[str], list[str]]:
-        """Moments, captions and keys of some samples.
+        """Moments, captions and keys of B samples.
 
-        out         (B, M, H, W) float16, contiguous, to read into; a new array if None
-        substitute  called with (place in the batch, what is wrong) for a sample whose bytes are not the indexed ones;
-                    returns the number of the sample to read instead
-        returns     (B, M, H, W) float16, B captions, B keys
+        out         (R, M, H, W) float16, contiguous, to read into; a new array if None
+        into        which of the R rows each sample goes to; the first B if None
+        mirrored    of which samples the moments of the mirror image are read; of none if None
+        substitute  called with (place in the batch, what is wrong) for a sample that was removed, or whose bytes are
+                    not the indexed ones; returns the number of the sample to read instead
+        returns     `out`, B captions, B keys
         raises      CorruptSample where there is no substitute
         """
+        self.announce(sample_ids)
+        count = len(sample_ids)
         if out is None:
-            out = np.empty((len(sample_ids), *self.shape), np.float16)
-        assert out.flags.c_contiguous and out.shape == (len(sample_ids), *self.shape) and out.dtype == np.float16
-        rows_out = out.view(np.uint8).reshape(len(sample_ids), -1)
-        captions, keys = [""] * len(sample_ids), [""] * len(sample_ids)
-        shards, places = (array.tolist() for array in self._shards.locate(sample_ids))
-        for i in sorted(range(len(shards)), key=shards.__getitem__):
-            try:
-                captions[i], keys[i] = self._read_one(shards[i], places[i], rows_out[i])
-            except CorruptSample as bad:
-                if substitute is None:
-                    raise
-                captions[i], keys[i] = self._read_instead(i, bad, rows_out[i], substitute)
-        return out, captions, keys
+            out = np.empty((count, *self.shape), np.float16)
+        assert out.flags.c_contiguous and out.shape[1:] == self.shape and out.dtype == np.float16
+        batch = _Batch(
+            out=out.data.cast("B"),
+            size=out[0].nbytes,
+            rows=range(count) if into is None else into,
+            mirrored=[False] * count if mirrored is None else mirrored,
+            captions=[""] * count,
+            keys=[""] * count,
+        )
+        bad = self._read(sample_ids, np.arange(count), batch)
+        while bad:
+            if substitute is None:
+                raise bad[0][1]
+            again = np.array([[i, substitute(i, error)] for i, error in bad])
+            bad = self._read(again[:, 1], again[:, 0], batch)
+        return out, batch.captions, batch.keys
 
-    def _read_instead(self, i: int, bad: CorruptSample, row_out: np.ndarray, substitute: Substitute) -> tuple[str, str]:
-        while True:
-            shards, places = self._shards.locate(np.array([substitute(i, bad)]))
-            try:
-                return self._read_one(int(shards[0]), int(places[0]), row_out)
-            except CorruptSample as another:
-                bad = another
+    def _read(self, sample_ids: np.ndarray, slots: np.ndarray, batch: "_Batch") -> list[tuple[int, CorruptSample]]:
+        """Read samples into these places of a batch; returns what is wrong with those that cannot be read."""
+        bad: list[tuple[int, CorruptSample]] = []
+        for shard, places, order in self._shards.by_shard(sample_ids):
+            opened = self._shards.opened(shard)
+            rows, mine = opened.rows(places).tolist(), slots[order].tolist()
+            while rows:
+                try:
+                    batch.fill(opened, rows, mine)
+                except CorruptSample as error:
+                    bad.append((mine[0], error))
+                    del rows[0], mine[0]
+        return bad
 
-    def _read_one(self, shard: int, place: int, row_out: np.ndarray) -> tuple[str, str]:
-        """Copy one sample's moments; returns its caption and key.
 
-        The copy comes before the hash: while it waits for the disk it lets other threads run, which hashing does not.
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What is read together, and where it goes."""
+
+    out: memoryview
+    """Bytes of the moments, row after row."""
+    size: int
+    """Of a row, bytes."""
+    rows: Sequence[int]
+    mirrored: Sequence[bool]
+    captions: list[str]
+    keys: list[str]
+
+    def fill(self, shard: OpenShard, rows: list[int], slots: list[int]) -> None:
+        """Read samples of one shard, by index row and place in the batch, taking from both lists what has been read.
+
+        Written for speed: of the two microseconds that a sample takes, copying and hashing its moments are most.
+
+        raises  CorruptSample for the sample that is then first of both lists
         """
-        opened = self._shards.opened(shard)
-        index, row = opened.index, opened.row(place)
-        npy, txt = index.column["npy"], index.column["txt"]
-        offsets, lengths = index.offsets[row].tolist(), index.lengths[row].tolist()
-        data = opened.view(offsets[npy], lengths[npy])
-        if len(data) != NPY_HEADER_BYTES + len(row_out):
-            raise CorruptSample(index.key(row), "wrong_size_npy", opened.url)
-        row_out[:] = data[NPY_HEADER_BYTES:]
-        opened.verify(row, npy, data.data)
-        text = opened.view(offsets[txt], lengths[txt]).tobytes()
-        opened.verify(row, txt, text)
-        return text.decode(), index.key(row)
+        index, content, out, size = shard.index, shard.content, self.out, self.size
+        unpack, records, step, keys = index.layout.unpack_from, index.record_bytes, index.layout.size, index.key_bytes
+        fields = len(index.header.fields)
+        npy, flipped, txt = index.column["npy"], index.column.get(MIRRORED, -1), index.column["txt"]
+        done = 0
+        try:
+            for row, slot in zip(rows, slots, strict=True):
+                shard.require_kept(row)
+                record, field = unpack(records, row * step), flipped if self.mirrored[slot] else npy
+                begin, length = record[field], record[2 * fields + field]
+                if length != NPY_HEADER_BYTES + size:
+                    raise CorruptSample(index.key(row), "wrong_size_npy", shard.url)
+                data, at = content[begin : begin + length], self.rows[slot] * size
+                out[at : at + size] = data[NPY_HEADER_BYTES:]
+                if xxh3_64_intdigest(data) != record[fields + field]:
+                    raise CorruptSample(index.key(row), f"checksum_{index.header.fields[field]}", shard.url)
+                text = content[record[txt] : record[txt] + record[2 * fields + txt]]
+                if xxh3_64_intdigest(text) != record[fields + txt]:
+                    raise CorruptSample(index.key(row), "checksum_txt", shard.url)
+                begin, length = record[-2:]
+                self.captions[slot], self.keys[slot] = str(text, "utf8"), str(keys[begin : begin + length], "utf8")
+                done += 1
+        finally:
+            del rows[:done], slots[:done]
 
 
 def _require_sizes(urls: Sequence[str], records: Sequence[ShardRecord]) -> None:

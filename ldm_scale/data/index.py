@@ -10,6 +10,7 @@ Letters: N samples of the shard, F fields that occur in it.
 import json
 import mmap
 import os
+import struct
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from ldm_scale.core import storage
+from ldm_scale.data.remote import TarCache, fetch
 from ldm_scale.data.tar import Damage, Fault, Member, split_name, walk
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-FIELDS = (*IMAGE_FIELDS, "npy", "txt", "json", "cls", "boxes.json", "seg.png")
+FIELDS = (*IMAGE_FIELDS, "npy", "txt", "json", "cls", "boxes.json", "seg.png", "flip.npy")
 """Members that are indexed; others are counted and left alone."""
 
 _MAGIC = b"LDMIDX1\n"
@@ -72,10 +75,15 @@ class ShardIndex:
     offsets  (N, F) uint64 byte offset of each member's content in the tar; 0 where the sample lacks the member
     lengths  (N, F) uint32 bytes
     xxh3     (N, F) uint64 xxh3 of the content
+
+    For one row at a time, plain numbers are quicker: `layout` unpacks from `record_bytes`, at row * layout.size, the F
+    offsets, the F hashes, the F lengths, then begin and length of the key in `key_bytes`.
     """
 
     def __init__(self, header: IndexHeader, records: np.ndarray, keys: memoryview) -> None:
-        self.header, self._records, self._keys = header, records, keys
+        self.header, self._records, self.key_bytes = header, records, keys
+        fields = len(header.fields)
+        self.layout, self.record_bytes = struct.Struct(f"<{fields}Q{fields}Q{fields}III"), records.view(np.uint8).data
         self.column = {name: i for i, name in enumerate(header.fields)}
         self.offsets: np.ndarray = records["offset"]
         self.lengths: np.ndarray = records["length"]
@@ -83,10 +91,16 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         start, length = int(self._records["key_start"][row]), int(self._records["key_length"][row])
-        return bytes(self._keys[start : start + length]).decode()
+        return bytes(self.key_bytes[start : start + length]).decode()
 
     def keys(self) -> list[str]:
         return [self.key(row) for row in range(self.header.n)]
+
+    def key_array(self) -> pa.LargeStringArray:
+        """The keys in index order, without a copy of their text."""
+        starts, lengths = self._records["key_start"].astype(np.int64), self._records["key_length"]
+        ends = np.append(starts, starts[-1] + lengths[-1] if len(starts) else 0)
+        return pa.LargeStringArray.from_buffers(len(starts), pa.py_buffer(ends), pa.py_buffer(self.key_bytes))
 
     def rows_with(self, fields: Sequence[Sequence[str]]) -> np.ndarray:
         """Rows, ascending, of the samples that have at least one member of every group of fields."""
@@ -100,7 +114,7 @@ class ShardIndex:
         """The content of the index file."""
         head = json.dumps(asdict(self.header)).encode()
         head += b" " * (-(len(_MAGIC) + 8 + len(head)) % _ALIGN)
-        return _MAGIC + len(head).to_bytes(8, "little") + head + self._records.tobytes() + bytes(self._keys)
+        return _MAGIC + len(head).to_bytes(8, "little") + head + self._records.tobytes() + bytes(self.key_bytes)
 
     @classmethod
     def from_buffer(cls, buffer: mmap.mmap | bytes, name: str) -> "ShardIndex":
@@ -137,12 +151,12 @@ class ShardIndex:
             return cls.from_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
 
 
-def index_shard(url: str, index_path: str | Path) -> ShardIndex:
+def index_shard(url: str, index_path: str | Path, cache: TarCache | None = None) -> ShardIndex:
     """Walk the headers of one tar, checksum its samples and write the index, atomically.
 
-    A remote tar is fetched whole into a temporary file first.
+    A remote tar is fetched whole first: into `cache`, where it stays, or else into a temporary file.
     """
-    with _local_copy(url) as path:
+    with _local_copy(url, cache) as path:
         index = scan(path)
     with storage.atomic_write(index_path) as file:
         file.write(index.to_bytes())
@@ -160,15 +174,16 @@ def scan(path: str | Path) -> ShardIndex:
 
 
 @contextmanager
-def _local_copy(url: str) -> Iterator[str]:
+def _local_copy(url: str, cache: TarCache | None) -> Iterator[str]:
     if not storage.is_remote(url):
         yield url.removeprefix("file://")
-        return
-    with tempfile.NamedTemporaryFile(suffix=".tar") as copy, storage.open_read(url) as remote:
-        while piece := remote.read(1 << 22):
-            copy.write(piece)
-        copy.flush()
-        yield copy.name
+    elif cache is not None:
+        with cache.open(url) as copy:
+            yield f"/proc/self/fd/{copy.fileno()}"  # its name may go when others need room
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".tar") as copy:
+            fetch(url, storage.remote_state(url).size, copy)
+            yield copy.name
 
 
 def _record_type(fields: int) -> np.dtype:

@@ -1,34 +1,35 @@
 """Who is read when: stream position -> sample number, in closed form.
 
-Epoch e holds positions e * n .. (e + 1) * n - 1. Within it, sample numbers are rotated and cut into blocks of `block`
-consecutive samples; a Feistel permutation (Luby & Rackoff 1988) shuffles the blocks; each run of `window` blocks is
-shuffled sample by sample. In a whole window, position q belongs to lane q mod `lanes`, and each lane keeps to its own
-window / lanes blocks, so that rank r of W reads 1 / W of the window where W divides `lanes`.
+Epoch e holds positions e * n .. (e + 1) * n - 1, and an algorithm says in which order it reads the samples: each comes
+exactly once an epoch for any n, any position costs the same, nothing is stored, and the order can be inverted. Pure
+arithmetic: knows no files and no ranks.
 
-Hence every sample comes exactly once an epoch for any n, any position costs the same, nothing is stored, and the order
-can be inverted. Pure arithmetic: knows no files and no ranks.
+A checkpoint's position means nothing without its algorithm. So one that was ever released stays in `ALGORITHMS` as it
+is, pinned by golden vectors; a better one is added under another name.
 
 Letters: B positions asked for.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from math import isqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ldm_scale.core.rng import stream_key
 
-ALGORITHM = "feistel-window/1"
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+Known = TypeVar("Known")
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_ROUND_KEYS = np.arange(1, 7, dtype=np.uint64).reshape(3, 2) * _GOLDEN
+_ROUND_KEYS = np.arange(1, 7, dtype=np.uint64).reshape(3, 2) * GOLDEN
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele et al. 2014): a bijection of 64-bit words."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
@@ -64,15 +65,15 @@ class Permutation:
     def _forward(self, x: np.ndarray, key: np.ndarray) -> np.ndarray:
         high, low = np.divmod(x, self._low)
         for first, second in _ROUND_KEYS:
-            low = (low + _mix(high + key + first) % self._low) % self._low
-            high = (high + _mix(low + key + second) % self._high) % self._high
+            low = (low + mix(high + key + first) % self._low) % self._low
+            high = (high + mix(low + key + second) % self._high) % self._high
         return high * self._low + low
 
     def _backward(self, y: np.ndarray, key: np.ndarray) -> np.ndarray:
         high, low = np.divmod(y, self._low)
         for first, second in _ROUND_KEYS[::-1]:
-            high = (high + self._high - _mix(low + key + second) % self._high) % self._high
-            low = (low + self._low - _mix(high + key + first) % self._low) % self._low
+            high = (high + self._high - mix(low + key + second) % self._high) % self._high
+            low = (low + self._low - mix(high + key + first) % self._low) % self._low
         return high * self._low + low
 
 
@@ -86,8 +87,28 @@ class _Epoch:
     short_slot: int
 
 
-class Order:
-    """The order of a training stream over `n` samples.
+class Algorithm(ABC):
+    """One way through the epochs of `n` samples."""
+
+    parameters: dict[str, int]
+    """What it was given besides n and the seed, as a checkpoint records it."""
+
+    @abstractmethod
+    def samples(self, epoch: int, p_B: np.ndarray) -> np.ndarray:
+        """Sample numbers, (B,) int64, at places 0 .. n - 1 of an epoch."""
+
+    @abstractmethod
+    def places(self, epoch: int, ids_B: np.ndarray) -> np.ndarray:
+        """Places in an epoch, (B,) int64, of sample numbers: `samples` backwards."""
+
+
+class FeistelWindow(Algorithm):
+    """Blocks shuffled over the whole set, samples shuffled within windows of blocks.
+
+    Sample numbers are rotated and cut into blocks; a Feistel permutation (Luby & Rackoff 1988) shuffles the blocks, and
+    each run of `window` blocks is shuffled sample by sample. In a whole window, place q belongs to lane q mod `lanes`,
+    and each lane keeps to its own window / lanes blocks, so that rank r of W reads 1 / W of the window where W divides
+    `lanes`.
 
     block   consecutive samples that travel together between windows, so that a disk or a store is read in long runs
     window  blocks among which samples are shuffled one by one
@@ -95,10 +116,9 @@ class Order:
     """
 
     def __init__(self, *, n: int, seed: int, block: int = 64, window: int = 4096, lanes: int = 256) -> None:
-        if n < 1:
-            raise ValueError(f"order over n={n} samples; at least 1")
         if min(block, window, lanes) < 1 or window % lanes:
             raise ValueError(f"order with block={block}, window={window}, lanes={lanes}; lanes must divide window")
+        self.parameters = {"block": block, "window": window, "lanes": lanes}
         self.n, self.seed, self.block, self.window, self.lanes = n, seed, block, window, lanes
         self._blocks = -(-n // block)
         self._lack = self._blocks * block - n  # samples that the short block lacks
@@ -107,53 +127,11 @@ class Order:
         self._shuffle_lane = Permutation(self._whole // lanes)
         self._epoch = lru_cache(maxsize=8)(self._make_epoch)
 
-    def __call__(self, positions_B: np.ndarray) -> np.ndarray:
-        """Sample numbers, (B,) int64, at stream positions (B,), which may span epochs."""
-        positions_B = np.asarray(positions_B, np.int64)
-        if len(positions_B) and positions_B.min() < 0:
-            raise ValueError(f"stream position {positions_B.min()}; positions start at 0")
-        epochs_B = positions_B // self.n
-        out_B = np.empty_like(positions_B)
-        for epoch in np.unique(epochs_B).tolist():
-            here = epochs_B == epoch
-            out_B[here] = self._samples(self._epoch(epoch), positions_B[here] - epoch * self.n)
-        return out_B
+    def samples(self, epoch: int, p_B: np.ndarray) -> np.ndarray:
+        return self._samples(self._epoch(epoch), p_B)
 
-    def inverse(self, ids_B: np.ndarray, epoch: int) -> np.ndarray:
-        """The stream positions, (B,) int64, at which `epoch` (0, 1, ...) reads these samples."""
-        ids_B = np.asarray(ids_B, np.int64)
-        if len(ids_B) and not (ids_B.min() >= 0 and ids_B.max() < self.n):
-            raise ValueError(f"sample numbers {ids_B.min()} .. {ids_B.max()} outside 0 .. {self.n - 1}")
-        return self._positions(self._epoch(epoch), ids_B) + epoch * self.n
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint records; the position is the trainer's images_seen."""
-        parameters = {"block": self.block, "window": self.window, "lanes": self.lanes}
-        return {"algorithm": ALGORITHM, "n": self.n, "seed": self.seed, "parameters": parameters}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Order":
-        """The order that `state` describes.
-
-        raises  ValueError naming both sides where it was made by another algorithm
-        """
-        if state["algorithm"] != ALGORITHM:
-            raise ValueError(
-                f"the data order was made by {state['algorithm']!r}; this version knows {ALGORITHM!r}: resume with the "
-                "version that began the run, or branch from its weights"
-            )
-        return cls(n=state["n"], seed=state["seed"], **state["parameters"])
-
-    def require_same(self, state: Mapping[str, Any]) -> None:
-        """Refuse to go on with a stream that another order began.
-
-        raises  ValueError naming what differs, with both sides
-        """
-        ours = self.state()
-        different = [key for key in ours if state.get(key) != ours[key]]
-        if different:
-            sides = "; ".join(f"{key} was {state.get(key)!r}, is now {ours[key]!r}" for key in different)
-            raise ValueError(f"this is not the data order that began the run: {sides}")
+    def places(self, epoch: int, ids_B: np.ndarray) -> np.ndarray:
+        return self._places(self._epoch(epoch), ids_B)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         block_key, window_key, rotation = (
@@ -165,13 +143,11 @@ class Order:
         return _Epoch(block_key, window_key, int(rotation) % self.n, short_slot)
 
     def _samples(self, epoch: _Epoch, p_B: np.ndarray) -> np.ndarray:
-        """In-epoch positions to sample numbers."""
         window_B = p_B // self._whole
         window_B += p_B >= self._start(epoch, window_B + 1)  # the short block moves later windows forward
         q_B = p_B - self._start(epoch, window_B)
-        sample_B = np.empty_like(
-            p_B
-        )  # place in the window's samples, laid out slot by slot as if all blocks were whole
+        # Place among the window's samples, laid out slot by slot as if all blocks were whole.
+        sample_B = np.empty_like(p_B)
         whole_B = self._is_whole(epoch, window_B)
         w, q = window_B[whole_B], q_B[whole_B]
         lane, step = q % self.lanes, q // self.lanes
@@ -186,8 +162,7 @@ class Order:
         number_B = self._shuffle_blocks(slot_B, keys_B) * self.block + sample_B % self.block
         return (number_B + epoch.rotation) % self.n
 
-    def _positions(self, epoch: _Epoch, ids_B: np.ndarray) -> np.ndarray:
-        """Sample numbers to in-epoch positions: `_samples` backwards."""
+    def _places(self, epoch: _Epoch, ids_B: np.ndarray) -> np.ndarray:
         number_B = (ids_B - epoch.rotation) % self.n
         slot_B = self._shuffle_blocks.inverse(number_B // self.block, np.full(len(ids_B), epoch.block_key))
         window_B = slot_B // self.window
@@ -204,7 +179,7 @@ class Order:
         return self._start(epoch, window_B) + q_B
 
     def _start(self, epoch: _Epoch, window_B: np.ndarray) -> np.ndarray:
-        """In-epoch position at which each window begins."""
+        """Place of the epoch at which each window begins."""
         slot_B = np.minimum(window_B * self.window, self._blocks)
         return slot_B * self.block - np.where(slot_B > epoch.short_slot, self._lack, 0)
 
@@ -223,7 +198,88 @@ class Order:
     def _key(self, epoch: _Epoch, window_B: np.ndarray, lane_B: np.ndarray) -> np.ndarray:
         """A key for each lane of each window; lane number `lanes` stands for a window without lanes."""
         name_B = (window_B * (self.lanes + 1) + lane_B).astype(np.uint64)
-        return _mix(epoch.window_key + (name_B + np.uint64(1)) * _GOLDEN)
+        return mix(epoch.window_key + (name_B + np.uint64(1)) * GOLDEN)
+
+
+ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {"feistel-window/1": FeistelWindow}
+"""Every order that a checkpoint may name. Added to, never edited."""
+
+
+class Order:
+    """The order of a training stream over `n` samples, by one of the `ALGORITHMS` and its parameters."""
+
+    def __init__(self, *, n: int, seed: int, algorithm: str = "feistel-window/1", **parameters: int) -> None:
+        if n < 1:
+            raise ValueError(f"order over n={n} samples; at least 1")
+        self.n, self.seed, self.algorithm = n, seed, algorithm
+        self._algorithm = known_algorithm(ALGORITHMS, algorithm)(n=n, seed=seed, **parameters)
+
+    def __call__(self, positions_B: np.ndarray) -> np.ndarray:
+        """Sample numbers, (B,) int64, at stream positions (B,), which may span epochs."""
+        positions_B = np.asarray(positions_B, np.int64)
+        if len(positions_B) and positions_B.min() < 0:
+            raise ValueError(f"stream position {positions_B.min()}; positions start at 0")
+        epochs_B = positions_B // self.n
+        out_B = np.empty_like(positions_B)
+        for epoch in np.unique(epochs_B).tolist():
+            here = epochs_B == epoch
+            out_B[here] = self._algorithm.samples(epoch, positions_B[here] - epoch * self.n)
+        return out_B
+
+    def inverse(self, ids_B: np.ndarray, epoch: int) -> np.ndarray:
+        """The stream positions, (B,) int64, at which `epoch` (0, 1, ...) reads these samples."""
+        ids_B = np.asarray(ids_B, np.int64)
+        if len(ids_B) and not (ids_B.min() >= 0 and ids_B.max() < self.n):
+            raise ValueError(f"sample numbers {ids_B.min()} .. {ids_B.max()} outside 0 .. {self.n - 1}")
+        return self._algorithm.places(epoch, ids_B) + epoch * self.n
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint records; the position is the trainer's images_seen."""
+        return {
+            "algorithm": self.algorithm,
+            "n": self.n,
+            "seed": self.seed,
+            "parameters": dict(self._algorithm.parameters),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Order":
+        """The order that `state` describes.
+
+        raises  ValueError naming the algorithms that are known where it was made by another one
+        """
+        return cls(n=state["n"], seed=state["seed"], algorithm=state["algorithm"], **state["parameters"])
+
+    def require_same(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on with a stream that another order began.
+
+        raises  ValueError naming what differs, with both sides
+        """
+        require_same(self.state(), state)
+
+
+def known_algorithm(table: Mapping[str, Known], name: str) -> Known:
+    """The algorithm of that name.
+
+    raises  ValueError naming those that are known
+    """
+    if name not in table:
+        raise ValueError(
+            f"the data order was made by {name!r}; this version knows {', '.join(map(repr, table))}: resume with the "
+            "version that began the run, or branch from its weights"
+        )
+    return table[name]
+
+
+def require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Refuse a state of the data order that is not ours.
+
+    raises  ValueError naming what differs, with both sides
+    """
+    different = [key for key in ours if theirs.get(key) != ours[key]]
+    if different:
+        sides = "; ".join(f"{key} was {theirs.get(key)!r}, is now {ours[key]!r}" for key in different)
+        raise ValueError(f"this is not the data order that began the run: {sides}")
 
 
 class OrderPreset(Enum):
@@ -235,9 +291,9 @@ class OrderPreset(Enum):
     """Network file system or object store: blocks of 256 samples, long reads."""
 
 
-_PRESETS = {
-    OrderPreset.random_access: {"block": 64, "window": 4096, "lanes": 256},
-    OrderPreset.window: {"block": 256, "window": 4096, "lanes": 256},
+_PRESETS: Mapping[OrderPreset, Mapping[str, Any]] = {
+    OrderPreset.random_access: {"algorithm": "feistel-window/1", "block": 64, "window": 4096, "lanes": 256},
+    OrderPreset.window: {"algorithm": "feistel-window/1", "block": 256, "window": 4096, "lanes": 256},
 }
 
 

@@ -17,21 +17,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from ldm_scale.core import storage
 from ldm_scale.data.index import FIELDS, IMAGE_FIELDS, Rejection, ShardIndex, index_shard
+from ldm_scale.data.remote import RemoteReader, TarCache
+from ldm_scale.data.selected import LostKeys, Numbering, SelectedRows
 from ldm_scale.data.tar import ShardWriter
+from ldm_scale.data.views import REMOVED, RemovalList
 
-__all__ = ["CorruptSample", "ShardSet", "ShardSummary", "ShardWriter", "Sidecars", "open_shard_limit"]
+__all__ = ["CorruptSample", "RemovedSample", "ShardSet", "ShardSummary", "ShardWriter", "Sidecars", "open_shard_limit"]
 
 SIDECARS = ".ldm"
 MANIFEST_FORMAT = 1
 _DESCRIPTORS_LEFT_TO_OTHERS = 256
 _STAT_THREADS = 16
+_TOUCHERS = 8
+_TOUCHED_TOGETHER = 256  # samples that one of them asks for
 
 Progress = Callable[[int, int], None]
 
@@ -42,6 +49,15 @@ class CorruptSample(ValueError):
     def __init__(self, key: str, reason: str, where: str) -> None:
         super().__init__(f"sample {key!r} of {where}: {reason}")
         self.key, self.reason = key, reason
+
+
+class RemovedSample(CorruptSample):
+    """A sample that a removal list names: not a fault of the data, and never to be read."""
+
+    REASON = "removed"
+
+    def __init__(self, key: str, where: str) -> None:
+        super().__init__(key, self.REASON, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,8 @@ class Sidecars:
     """Where the index and the manifest of shards are looked for, and where new ones go."""
 
     index_dir: str | None
+    cache: TarCache | None = None
+    """Where the tars of remote shards that must be indexed are fetched to, to stay."""
 
     def folders(self, url: str) -> list[str]:
         """Folders of a shard's sidecars: beside it, then in `index_dir`; the last one is written to."""
@@ -89,14 +107,21 @@ class Sidecars:
 
     def read(self, url: str, size: int) -> ShardIndex | None:
         """The index of a shard, if there is one that fits a tar of `size` bytes."""
-        for folder in self.folders(url):
+        for folder in sorted(self.folders(url), key=storage.is_remote):  # what is here answers faster
             try:
                 index = ShardIndex.open(f"{folder}/{_stem(url)}.idx")
             except (OSError, ValueError):
                 continue
             if index.header.tar_bytes == size:
-                return index
+                return self._keep_here(url, index) if storage.is_remote(folder) and self.index_dir else index
         return None
+
+    def _keep_here(self, url: str, index: ShardIndex) -> ShardIndex:
+        """Copy a remote index to `index_dir`, where all processes of the host map it into memory once."""
+        path = Path(self.writable(url)) / f"{_stem(url)}.idx"
+        with storage.atomic_write(path) as file:
+            file.write(index.to_bytes())
+        return ShardIndex.open(path)
 
     def build(self, url: str) -> ShardIndex:
         """Index one shard.
@@ -104,7 +129,7 @@ class Sidecars:
         raises  ValueError naming data.index_dir where the index cannot be written
         """
         folder = self.writable(url)
-        return index_shard(url, Path(folder) / f"{_stem(url)}.idx")
+        return index_shard(url, Path(folder) / f"{_stem(url)}.idx", self.cache)
 
     def writable(self, url: str) -> str:
         """The folder that new sidecars of this shard go to, made if need be.
@@ -124,6 +149,10 @@ class Sidecars:
                 "local folder that this job may write"
             ) from error
         return folder
+
+    def removal_lists(self, url: str) -> list[str]:
+        """The removal lists of the folder that a shard lies in."""
+        return [path for folder in self.folders(url) if storage.exists(path := f"{folder}/{REMOVED}")]
 
     def read_summaries(self, url: str) -> dict[str, ShardSummary]:
         """The manifest of the folder that a shard lies in, by shard name; empty where there is none of this format."""
@@ -149,12 +178,16 @@ class Sidecars:
         storage.write_json(Path(self.writable(url)) / "manifest.json", content)
 
 
-def order_id(shards: Sequence[ShardSummary], groups: Sequence[Sequence[str]] = ()) -> str:
-    """Digest of what numbers the samples: shard names, counts and keys, and which samples are left out."""
+def order_id(shards: Sequence[ShardSummary], groups: Sequence[Sequence[str]] = (), selected: str = "") -> str:
+    """Digest of what numbers the samples: shard names, counts and keys, and which samples are left out.
+
+    selected  digest of the selected rows; empty where there is no selection
+    """
     return storage.digest(
         {
             "shards": [[shard.name, shard.count_with(groups), shard.keys_sha256] for shard in shards],
             "require": [list(group) for group in groups],
+            **({"selected": selected} if selected else {}),
         }
     )
 
@@ -178,17 +211,30 @@ class ShardSet:
     """
 
     def __init__(
-        self, urls: Sequence[str], summaries: Sequence[ShardSummary], sidecars: Sidecars, require: Sequence[str] = ()
+        self,
+        urls: Sequence[str],
+        summaries: Sequence[ShardSummary],
+        sidecars: Sidecars,
+        require: Sequence[str] = (),
+        *,
+        selected: SelectedRows | None = None,
+        removed: RemovalList | None = None,
+        remote: RemoteReader | None = None,
     ) -> None:
         self.urls, self.summaries, self.sidecars = list(urls), list(summaries), sidecars
+        self.selected, self.removed = selected, removed or RemovalList({})
+        self.remote = remote or RemoteReader()
+        self._require_names = tuple(require)
         self.require = tuple(IMAGE_FIELDS if field == "image" else (field,) for field in require)
         for (field,) in (group for group in self.require if len(group) == 1):
             if field not in FIELDS:
                 raise ValueError(f"require={field!r}; choose image or one of {', '.join(FIELDS)}")
         self.names = [summary.name for summary in summaries]
-        self.counts = np.array([summary.count_with(self.require) for summary in summaries], np.int64)
+        self._whole = np.array([summary.count_with(self.require) for summary in summaries], np.int64)
+        self.counts = self._whole if selected is None else np.diff(selected.starts)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.n = int(self.starts[-1])
+        self._is_remote = any(map(storage.is_remote, self.urls))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._limit = open_shard_limit()
@@ -200,31 +246,63 @@ class ShardSet:
         index_dir: str | None = None,
         *,
         require: Sequence[str] = (),
+        remote: RemoteReader | None = None,
         progress: Progress | None = None,
     ) -> "ShardSet":
         """Open every shard that `source` names, making the indexes that are missing or no longer fit their tar.
 
         source    directory, brace range, glob, list file or one tar; local or remote; several joined by `::`
+        remote    how remote shards are read; by blocks if None
         progress  called with (shards ready, shards) after each one that had to be indexed
         raises    FileNotFoundError naming a part of `source` that is not there
                   ValueError naming data.index_dir where an index is missing and cannot be written,
                   or saying that no sample is left
         """
         urls = storage.expand(source)
-        sidecars = Sidecars(index_dir.rstrip("/") if index_dir else None)
+        remote = remote or RemoteReader()
+        sidecars = Sidecars(index_dir.rstrip("/") if index_dir else None, remote.cache)
         summaries: dict[str, ShardSummary] = {}
         for parent in sorted({_parent(url) for url in urls}):
             group = [url for url in urls if _parent(url) == parent]
             summaries |= _summarise(group, sidecars, progress)
-        shards = cls(urls, [summaries[url] for url in urls], sidecars, require)
+        shards = cls(urls, [summaries[url] for url in urls], sidecars, require, remote=remote)
         if shards.n == 0:
             raise ValueError(f"{source!r}: no sample in {len(urls)} shards; left out: {shards.rejected or 'nothing'}")
+        return shards
+
+    def view(
+        self, selection: Sequence[str] = (), removed: Sequence[str] = (), *, lost: LostKeys = lambda shard: ()
+    ) -> "ShardSet":
+        """The same shards as a training reads them: samples that are selected, none that was removed.
+
+        selection  files; samples count that all of them name
+        removed    removal lists, beside the shards' own ones, which always hold
+        lost       keys of a shard that a selection may name though they are not there
+        raises     ValueError for a selection of other shards, or one that leaves nothing
+        """
+        own = (path for url in self._one_of_folder() for path in self.sidecars.removal_lists(url))
+        removals = RemovalList.read([*removed, *own])
+        selected = None
+        if selection:
+            numbering = Numbering(self.names, self._index, self.require, lost)
+            selected = numbering.rows(selection, lambda: self.sidecars.writable(self.urls[0]), order_id(self.summaries))
+        shards = ShardSet(
+            self.urls,
+            self.summaries,
+            self.sidecars,
+            self._require_names,
+            selected=selected,
+            removed=removals,
+            remote=self.remote,
+        )
+        if shards.n == 0:
+            raise ValueError(f"data.selection={', '.join(selection)} leaves no sample; left out: {shards.rejected}")
         return shards
 
     @cached_property
     def order_id(self) -> str:
         """Digest of shard names, counts and keys: equal exactly where sample numbers mean the same samples."""
-        return order_id(self.summaries, self.require)
+        return order_id(self.summaries, self.require, "" if self.selected is None else self.selected.digest)
 
     @cached_property
     def content_id(self) -> str:
@@ -242,6 +320,7 @@ class ShardSet:
                 left = summary.count_with(self.require[: i + 1])
                 counts[_missing(group)] += kept - left
                 kept = left
+        counts["not_selected"] = int(self._whole.sum()) - self.n
         return {reason: count for reason, count in counts.items() if count}
 
     def shard_ids(self, shard: int, *, by_key: bool = False) -> np.ndarray:
@@ -254,13 +333,14 @@ class ShardSet:
 
     def shard_rejected(self, shard: int) -> list[Rejection]:
         """What one shard holds besides its samples, with keys where they are known."""
-        opened = self.opened(shard)
-        index, rejected = opened.index, list(opened.index.header.rejected)
-        kept = np.arange(index.header.n)
-        for i, group in enumerate(self.require):
-            left = index.rows_with(self.require[: i + 1])
+        index = self.opened(shard).index
+        rejected, kept = list(index.header.rejected), np.arange(index.header.n)
+        sieve = [(_missing(group), index.rows_with(self.require[: i + 1])) for i, group in enumerate(self.require)]
+        if self.selected is not None:
+            sieve.append(("not_selected", self.selected.of(shard)))
+        for reason, left in sieve:
             for row in np.setdiff1d(kept, left, assume_unique=True).tolist():
-                rejected.append(Rejection(_missing(group), index.key(row), int(index.offsets[row].max())))
+                rejected.append(Rejection(reason, index.key(row), int(index.offsets[row].max())))
             kept = left
         return rejected
 
@@ -282,9 +362,37 @@ class ShardSet:
     def read(self, sample_ids: np.ndarray, fields: Sequence[str]) -> list[dict[str, bytes]]:
         """The members of each sample that are among `fields`; a member that it lacks is left out.
 
-        raises  CorruptSample where the bytes are not the indexed ones
+        raises  CorruptSample where the bytes are not the indexed ones, RemovedSample for a removed sample
         """
+        if self._is_remote:
+            self.announce(sample_ids)
         return [shard.members(row, fields) for shard, row in self._places(sample_ids)]
+
+    def announce(self, sample_ids: np.ndarray) -> None:
+        """Say that these samples will be read soon: they then come into memory side by side. Returns before they do."""
+        if self._is_remote:
+            for shard, row in self._places(sample_ids):
+                shard.announce(row)
+            return
+        for begin in range(0, len(sample_ids), _TOUCHED_TOGETHER):
+            self._touchers.submit(self._touch, sample_ids[begin : begin + _TOUCHED_TOGETHER])
+
+    def _touch(self, sample_ids: np.ndarray) -> None:
+        """Have the disk read samples that are not in memory, while no one waits for it and Python's lock is free."""
+        for shard, places, _ in self.by_shard(sample_ids):
+            self.opened(shard).touch(places)
+
+    @cached_property
+    def _touchers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_TOUCHERS, thread_name_prefix="touch")
+
+    def by_shard(self, sample_ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Samples in the order in which they lie: shard number, places in the shard, places in `sample_ids`."""
+        order = np.argsort(sample_ids, kind="stable")
+        shards, places = self.locate(sample_ids[order])
+        ends = [*(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)] if len(order) else []
+        for begin, end in zip([0, *ends], ends, strict=False):
+            yield int(shards[begin]), places[begin:end], order[begin:end]
 
     def opened(self, shard: int) -> "OpenShard":
         """One shard, opened for reading; the least recently used one is closed when too many are."""
@@ -305,7 +413,11 @@ class ShardSet:
             opened = self.opened(shard)
             yield opened, opened.row(row)
 
-    def _open_shard(self, shard: int) -> "OpenShard":
+    def _one_of_folder(self) -> list[str]:
+        """One shard of each folder that shards lie in."""
+        return list({_parent(url): url for url in self.urls}.values())
+
+    def _index(self, shard: int) -> ShardIndex:
         url, summary = self.urls[shard], self.summaries[shard]
         index = self.sidecars.read(url, summary.bytes) or self.sidecars.build(url)
         if (index.header.n, index.header.keys_sha256) != (summary.n, summary.keys_sha256):
@@ -313,9 +425,21 @@ class ShardSet:
                 f"{url} holds {index.header.n} samples and {index.header.tar_bytes} bytes, but the manifest says "
                 f"{summary.n} and {summary.bytes}: it was replaced; open the set again"
             )
-        everything = summary.count_with(self.require) == summary.n
-        rows = None if everything else index.rows_with(self.require)
-        return RemoteShard(url, index, rows) if storage.is_remote(url) else LocalShard(url, index, rows)
+        return index
+
+    def _open_shard(self, shard: int) -> "OpenShard":
+        url, index = self.urls[shard], self._index(shard)
+        rows = self._rows(shard, index)
+        is_remote = storage.is_remote(url)
+        opened = RemoteShard(url, index, rows, self.remote) if is_remote else LocalShard(url, index, rows)
+        opened.remove(self.removed.of(self.names[shard]))
+        return opened
+
+    def _rows(self, shard: int, index: ShardIndex) -> np.ndarray | None:
+        """Index rows of the samples that count; None for all."""
+        if self.selected is not None:
+            return self.selected.of(shard)
+        return None if self._whole[shard] == index.header.n else index.rows_with(self.require)
 
 
 class OpenShard:
@@ -323,13 +447,33 @@ class OpenShard:
 
     def __init__(self, url: str, index: ShardIndex, rows: np.ndarray | None) -> None:
         self.url, self.index, self._rows = url, index, rows
+        self._removed: frozenset[int] = frozenset()
+
+    def remove(self, keys: frozenset[str]) -> None:
+        """Refuse to read the samples of these keys from now on; keys of no sample are ignored."""
+        if keys:
+            rows = pc.index_in(pa.array(sorted(keys), pa.large_string()), value_set=self.index.key_array())
+            self._removed = frozenset(rows.drop_null().to_pylist())
+
+    def require_kept(self, row: int) -> None:
+        """Refuse a removed sample.
+
+        raises  RemovedSample
+        """
+        if row in self._removed:
+            raise RemovedSample(self.index.key(row), self.url)
 
     def row(self, place: int) -> int:
         """Index row of the shard's sample at `place`."""
         return place if self._rows is None else int(self._rows[place])
 
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Index rows of the shard's samples at `places`."""
+        return places if self._rows is None else self._rows[places]
+
     def members(self, row: int, fields: Sequence[str]) -> dict[str, bytes]:
         """The verified bytes of a sample's members."""
+        self.require_kept(row)
         index, found = self.index, {}
         for field in fields:
             column = index.column.get(field)
@@ -354,7 +498,34 @@ class OpenShard:
 
     def view(self, offset: int, length: int) -> np.ndarray:
         """Bytes of the tar, (length,) uint8, read only; without a copy where the tar is mapped into memory."""
-        return np.frombuffer(self.read(offset, length), np.uint8)
+        raise NotImplementedError
+
+    @property
+    def content(self) -> "Content":
+        """The tar's bytes, to be sliced."""
+        return _Views(self)
+
+    def announce(self, row: int) -> None:
+        """Say that a sample of a remote shard will be read soon."""
+
+    def touch(self, places: np.ndarray) -> None:
+        """Read a byte of the samples at `places` of a local shard, so that they come into memory."""
+
+
+class Content(Protocol):
+    """Bytes that can be sliced."""
+
+    def __getitem__(self, where: slice) -> memoryview: ...
+
+
+class _Views:
+    """Content that `view` gives piece by piece."""
+
+    def __init__(self, shard: OpenShard) -> None:
+        self._shard = shard
+
+    def __getitem__(self, where: slice) -> memoryview:
+        return self._shard.view(where.start, where.stop - where.start).data
 
 
 class LocalShard(OpenShard):
@@ -374,19 +545,36 @@ class LocalShard(OpenShard):
         return self._mapped[offset : offset + length]
 
     @cached_property
+    def content(self) -> memoryview:
+        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def touch(self, places: np.ndarray) -> None:
+        offsets, lengths = (array[self.rows(places)].ravel() for array in (self.index.offsets, self.index.lengths))
+        self._mapped[offsets]
+        self._mapped[offsets + lengths // 2]  # the kernel reads what lies around each byte
+
+    @cached_property
     def _mapped(self) -> np.ndarray:
-        return np.frombuffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return np.frombuffer(self.content, np.uint8)
 
 
 class RemoteShard(OpenShard):
-    """A shard behind a URL, read by byte ranges."""
+    """A shard behind a URL."""
 
-    def __init__(self, url: str, index: ShardIndex, rows: np.ndarray | None) -> None:
+    def __init__(self, url: str, index: ShardIndex, rows: np.ndarray | None, reader: RemoteReader) -> None:
         super().__init__(url, index, rows)
-        self._files, self._path = fsspec.core.url_to_fs(url)
+        self._tar = reader.open(url, index.header.tar_bytes, index.header.sha256)
 
     def read(self, offset: int, length: int) -> bytes:
-        return bytes(self._files.cat_file(self._path, start=offset, end=offset + length))
+        return self._tar.read(offset, length)
+
+    def view(self, offset: int, length: int) -> np.ndarray:
+        return self._tar.view(offset, length)
+
+    def announce(self, row: int) -> None:
+        for offset, length in zip(self.index.offsets[row].tolist(), self.index.lengths[row].tolist(), strict=True):
+            if offset:
+                self._tar.announce(offset, length)
 
 
 def _summarise(urls: Sequence[str], sidecars: Sidecars, progress: Progress | None) -> dict[str, ShardSummary]:
@@ -420,8 +608,7 @@ def tar_sizes(urls: Sequence[str]) -> list[int]:
         try:
             if not storage.is_remote(url):
                 return os.stat(url).st_size
-            files, path = fsspec.core.url_to_fs(url)
-            return int(files.size(path))
+            return storage.remote_state(url).size
         except FileNotFoundError as error:
             raise FileNotFoundError(f"shard {url} is not there") from error
 

@@ -30,7 +30,7 @@ from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.data.loader import DataConfig
+from ldm_scale.data.config import DataConfig
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.identity import IdentityConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -46,6 +46,7 @@ from ldm_scale.samplers.dpm_solver import DPMSolverConfig
 from ldm_scale.samplers.plms import PLMSConfig
 from ldm_scale.tracking.tracker import TrackerConfig
 from ldm_scale.training.engine import BatchFit, EngineConfig
+from ldm_scale.training.guards import GuardConfig
 from ldm_scale.training.optimizer import OptimizerConfig
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -167,11 +168,15 @@ class Experiment:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this many images are kept for good; 0 for none."""
+    max_unsaved_minutes: float = 60.0
+    """How long saves may fail (disk full, quota) while training goes on and tries again; then it ends as failed."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "micro_batch", "total_images", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; at least 1")
+        if self.max_unsaved_minutes < 0:
+            raise ValueError(f"max_unsaved_minutes={self.max_unsaved_minutes}; at least 0")
         if not self.ema_half_lives or min(self.ema_half_lives) < 1:
             raise ValueError(f"ema_half_lives={self.ema_half_lives}; at least one, each at least 1 image")
         if (self.unet is None) != (self.diffusion is None):
@@ -224,6 +229,9 @@ class TrainJob(Experiment):
     init_what: InitWhat = InitWhat.weights
     """What is taken from `init`."""
 
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about losses that are no number, spikes and hangs."""
+
     amend: bool = False
     """Allow a resume under a changed learning rate, batch, data or length; the difference is recorded."""
 
@@ -249,6 +257,15 @@ class TrainJob(Experiment):
             )
 
 
+class Precision(Enum):
+    """Arithmetic of the encoder."""
+
+    float32 = "float32"
+    """Exact: on a GPU without TensorFloat-32 too."""
+    bfloat16 = "bfloat16"
+    """Several times faster on a GPU; its error against float32 is measured on the audited images and recorded."""
+
+
 @dataclass(kw_only=True, slots=True)
 class PrecomputeConfig:
     """How images become latents."""
@@ -259,12 +276,36 @@ class PrecomputeConfig:
     """Images of each shard that are decoded again and compared."""
     min_psnr: float
     """Decibels below which a shard's audit fails; 0 turns the gate off, not the measurement."""
+    latent_std: list[float]
+    """Lowest and highest standard deviation of a shard's latents; outside, its audit fails."""
+    max_latent_mean: float
+    """Highest absolute mean of a shard's latents, in their standard deviations."""
+    max_white_bars: float
+    """Highest share, 0 to 1, of a shard's images that may have white bars, unless transform.border=keep wants them."""
     limit_shards: int = 0
-    """Encode only the first so many shards; 0 for all."""
+    """Encode only the first so many shards; 0 for all. What is done already stays."""
+    precision: Precision = Precision.float32
+    """Of the encoder's arithmetic; the cache holds float16 either way."""
+    compile: bool = False
+    """Compile the encoder: a minute or more before the first image, faster from then on."""
+    flip: bool = False
+    """Store the latent of each image's mirror image too, as `{key}.flip.npy`: twice the work and the space."""
+    overwrite: bool = False
+    """Replace a cache that was made with other settings, instead of refusing it."""
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.audit < 1:
-            raise ValueError(f"precompute.batch={self.batch}, precompute.audit={self.audit}; each at least 1")
+        if self.batch < 1 or self.audit < 1 or self.limit_shards < 0:
+            raise ValueError(
+                f"precompute.batch={self.batch}, precompute.audit={self.audit}: each at least 1; "
+                f"precompute.limit_shards={self.limit_shards}: a number of shards, or 0 for all"
+            )
+        if len(self.latent_std) != 2 or not 0 <= self.latent_std[0] < self.latent_std[1]:
+            raise ValueError(f"precompute.latent_std={self.latent_std}; give [LOWEST, HIGHEST], neither below 0")
+        if self.max_latent_mean <= 0 or not 0 <= self.max_white_bars <= 1:
+            raise ValueError(
+                f"precompute.max_latent_mean={self.max_latent_mean}: above 0; "
+                f"precompute.max_white_bars={self.max_white_bars}: a share, 0 to 1"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -482,10 +523,10 @@ def main(job: str, run: Callable[[Any], None]) -> None:
         sys.argv[1:] = with_model_defaults(job, sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=job)(start)()
 
-    _or_exit(compose_and_start)
+    or_exit(compose_and_start)
 
 
-def _or_exit(job: Callable[[], None]) -> None:
+def or_exit(job: Callable[[], None]) -> None:
     """Run a job; what a user can mend (a ValueError or a missing file) ends it in one plain sentence."""
     try:
         job()
@@ -645,3 +686,21 @@ def from_plain(group: str, values: Mapping[str, Any]) -> Any:
             f"{group} {kind!r} is unknown here; known: {', '.join(_KINDS[group])}; imports=[...] brings others"
         )
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_KINDS[group][kind]), plain))
+
+
+def job_from_plain(job: str, values: Mapping[str, Any]) -> Any:
+    """The job that `to_plain` wrote, having checked itself again.
+
+    raises  ValueError for a schema that nobody registered, BadConfig for a key or value of another version
+    """
+    import_parts([f"imports=[{','.join(values['imports'])}]"])
+    parts = {
+        key: from_plain(key, value) if isinstance(value, Mapping) and "schema" in value else value
+        for key, value in values.items()
+    }
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(JOBS[job]), parts)
+        assert isinstance(merged, DictConfig)
+        return read_job(merged, JOBS[job])
+    except OmegaConfBaseException as error:
+        raise BadConfig(explain(error)) from error

@@ -8,7 +8,7 @@ import torch
 
 from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.data.loader import DataConfig
+from ldm_scale.data.config import DataConfig
 from ldm_scale.first_stage.base import FirstStage, FirstStageConfig
 from ldm_scale.interop import bundle
 from ldm_scale.jobs import config as jobs_config

@@ -1,74 +1,44 @@
 """Encode image shards into a latent cache, once. `precompute_latents.py` starts this.
 
 One image shard becomes one cache shard, published whole; a shard that is done is never touched again, so the job may be
-killed and started again, by any number of processes. The process that finds every shard done writes the manifest.
+killed and started again, by any number of processes on any hosts, at any time. The process that finds every shard done
+writes the manifest.
 """
 
 import json
+import shutil
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.conditioning.tokenizer import train_wordpiece
 from ldm_scale.core import progress, runtime, storage
-from ldm_scale.core.tensors import from_uint8
-from ldm_scale.data.cache import (
-    Audit,
-    CacheManifest,
-    CacheShardWriter,
-    LatentCache,
-    ShardRecord,
-    fingerprint,
-    finish_cache,
-    finished_shard,
-)
-from ldm_scale.data.index import Rejection
-from ldm_scale.data.samples import MalformedMember, Sample, Task
-from ldm_scale.data.shards import CorruptSample, ShardSet
-from ldm_scale.evaluation.reconstruction import psnr
-from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
-from ldm_scale.images.decode import UndecodableImage, decode
-from ldm_scale.images.resize import ImageTransform, RejectedImage
+from ldm_scale.data.cache import NPY_HEADER_BYTES, CacheManifest, LatentCache, ShardRecord, finish_cache
+from ldm_scale.data.shards import SIDECARS
+from ldm_scale.data.tar import BLOCK
+from ldm_scale.first_stage.base import FirstStage, FirstStageConfig, MomentsKind
+from ldm_scale.images.resize import ImageTransform
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
+from ldm_scale.jobs.claims import Claims
+from ldm_scale.jobs.encoding import STAGING, CacheIdentity, Pipeline
+from ldm_scale.jobs.image_encoder import ImageEncoder
+from ldm_scale.jobs.image_tars import ImageTars, sweep
 
 log = runtime.logger(__name__)
 
-_DECODE_THREADS = 8
 _VOCABULARY_CAPTIONS = 200_000
-_KEPT_MEMBERS = ("cls", "boxes.json")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheIdentity:
-    """What decides a cached number, and who says so."""
-
-    first_stage: dict[str, Any]
-    """kind, config, sha256 of the weights."""
-    transform: dict[str, Any]
-    kind: str
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(
-            first_stage_kind=self.first_stage["kind"],
-            first_stage_sha256=self.first_stage["sha256"],
-            transform=self.transform,
-            kind=self.kind,
-        )
-
-
-class AuditFailed(RuntimeError):
-    """A shard whose latents do not decode to the images they came from."""
+_CAPTION_BYTES = 256  # header and index of a caption, its row of metadata, beside the blocks that it fills
+_TRIED_SHARE = 64  # the speed is tried on at most one so-many-th of the images
+_POLL_S = 1.0
 
 
 def run(job: jobs_config.PrecomputeJob) -> None:
@@ -81,31 +51,112 @@ def run(job: jobs_config.PrecomputeJob) -> None:
     folder = _folder(job)
     transform = _fixed_transform(job)
     loading.first_stage_weights(job.first_stage)
-    images = job.data.open_images()
-    first_stage = loading.first_stage(job.first_stage).to(runtime.device())
-    encoder = _Encoder(
-        job.precompute, images, job.data.task, transform, first_stage, identity(job, first_stage), folder, preemption
-    )
-    wanted = range(len(images.urls))[: job.precompute.limit_shards or None]
-    _encode_all(encoder, wanted)
-    records = [encoder.finished(shard) for shard in wanted]
-    if all(records):
-        _finish(job, encoder, [record for record in records if record is not None])
-    else:
-        log.info("%d shards are in other hands; whoever ends last writes the manifest", records.count(None))
+    tars = _image_tars(job)
+    estimate = Estimate.of(job, tars, folder)
+    estimate.require_space()
+    first_stage = loading.first_stage(job.first_stage)
+    made_by = identity(job, first_stage)
+    _begin(folder, made_by, job.precompute, tars)
+    encoder = ImageEncoder(job.precompute, first_stage, made_by.kind, runtime.device())
+    with Claims(folder / STAGING) as claims:
+        pipeline = Pipeline(
+            job.precompute,
+            tars,
+            encoder,
+            made_by,
+            folder,
+            claims,
+            task=job.data.task,
+            transform=transform,
+            threads=job.data.threads,
+            max_bad_share=job.data.max_bad_share,
+            preemption=preemption,
+        )
+        if estimate.images:
+            estimate.say(_speed(encoder, job.precompute, transform.config.size, estimate.images))
+        records = _encode_all(pipeline, _wanted(pipeline, job.precompute.limit_shards), estimate.images, preemption)
+        _finish_once(job, pipeline, records, claims, preemption)
+        claims.sweep()
 
 
 def identity(job: jobs_config.Experiment, first_stage: FirstStage) -> CacheIdentity:
     """What a cache must have been made with to be this experiment's."""
     config = jobs_config.to_plain(job.first_stage)
-    kind = config.pop("schema")
+    name = config.pop("schema")
     for key in ("checkpoint", "scale"):
         del config[key]
+    kind, _ = moments_of(job.first_stage, job.data.transform.size)
     return CacheIdentity(
-        first_stage={"kind": kind, "config": config, "sha256": first_stage.digest()},
+        first_stage={"kind": name, "config": config, "sha256": first_stage.digest()},
         transform=job.data.transform.build().fingerprint(),
-        kind=str(MomentsKind.GAUSSIAN),
+        kind=kind,
     )
+
+
+def moments_of(config: FirstStageConfig, size: int) -> tuple[MomentsKind, tuple[int, ...]]:
+    """Kind and shape (M, h, w) of what a first stage makes of a square image; builds no weights.
+
+    raises  ValueError where f does not divide the side
+    """
+    config.latent_shape(size)
+    with torch.device("meta"), torch.no_grad():
+        moments = config.build().encode(torch.empty(1, 3, size, size))
+    return moments.kind, tuple(moments.pack().shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What is left to do, before anything is done."""
+
+    shards: int
+    images: int
+    """By the sizes of the tars, where some have no index yet."""
+    bytes: int
+    """Of the latents."""
+    free: int
+    """Bytes where the cache goes."""
+    folder: Path
+
+    @classmethod
+    def of(cls, job: jobs_config.PrecomputeJob, tars: ImageTars, folder: Path) -> "Estimate":
+        """Judge by the shards that have no latents yet."""
+        _, shape = moments_of(job.first_stage, job.data.transform.size)
+        wanted = range(len(tars.names))[: job.precompute.limit_shards or None]
+        left = [tar for tar in wanted if not (folder / tars.names[tar]).exists()]
+        images = tars.samples(left)
+        content = NPY_HEADER_BYTES + 2 * int(np.prod(shape))
+        latent = BLOCK + -(-content // BLOCK) * BLOCK
+        return cls(
+            shards=len(left),
+            images=images,
+            bytes=images * (latent * (1 + job.precompute.flip) + 2 * BLOCK + _CAPTION_BYTES),
+            free=shutil.disk_usage(
+                next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+            ).free,
+            folder=folder,
+        )
+
+    def require_space(self) -> None:
+        """Refuse what cannot fit.
+
+        raises  ValueError naming both numbers, and how many shards would fit
+        """
+        if self.bytes > self.free:
+            fit = self.shards * self.free // self.bytes
+            raise ValueError(
+                f"data.latents={self.folder}: the latents of {self.shards:,} shards need about "
+                f"{_gigabytes(self.bytes)}, but its disk has {_gigabytes(self.free)} left: free space, name another "
+                f"disk, or set precompute.limit_shards to {fit:,} more than are done"
+            )
+
+    def say(self, images_per_s: float) -> None:
+        """Shards, images, bytes and time, in one line of the log."""
+        log.info(
+            "to encode: %s images in %s shards, %s of %s free; %.1f h at the %.0f images/s of this process, "
+            "less with others beside it",
+            f"{self.images:,}", f"{self.shards:,}", _gigabytes(self.bytes), _gigabytes(self.free),
+            self.images / images_per_s / 3600, images_per_s,
+        )  # fmt: skip
 
 
 def _folder(job: jobs_config.PrecomputeJob) -> Path:
@@ -118,171 +169,191 @@ def _fixed_transform(job: jobs_config.PrecomputeJob) -> ImageTransform:
     transform = job.data.transform.build()
     if transform.random:
         raise ValueError(
-            "data.transform is random, but a cache holds one version of an image: set crop=center, flip=false"
+            "data.transform is random, but a cache holds one version of an image: set crop=center, flip=false "
+            "(precompute.flip=true stores the mirror image too)"
         )
     return transform
 
 
-class _Encoder:
-    """Shards of images to shards of latents."""
-
-    def __init__(
-        self,
-        config: jobs_config.PrecomputeConfig,
-        images: ShardSet,
-        task: Task,
-        transform: ImageTransform,
-        first_stage: FirstStage,
-        identity: CacheIdentity,
-        folder: Path,
-        preemption: runtime.Preemption,
-    ) -> None:
-        self._fields = task.fields
-        self.images, self.identity, self.folder = images, identity, folder
-        self._config, self._transform, self._first_stage = config, transform, first_stage
-        self._preemption = preemption
-        self._device = next(first_stage.parameters()).device
-
-    def target(self, shard: int) -> Path:
-        """Where the latents of an image shard go."""
-        return self.folder / self.images.names[shard]
-
-    def finished(self, shard: int) -> ShardRecord | None:
-        """The record of a shard that needs no more work."""
-        return finished_shard(self.target(shard), self.identity.fingerprint, self.images.summaries[shard].sha256)
-
-    def encode(self, shard: int, bar: progress.Bar) -> None:
-        """Encode one shard and publish it.
-
-        raises  AuditFailed where its latents do not decode to its images; nothing is published then
-        """
-        rejected = self.images.shard_rejected(shard)
-        audited: list[Tensor] = []
-        with CacheShardWriter(
-            self.target(shard), fingerprint=self.identity.fingerprint, kind=self.identity.kind
-        ) as writer:
-            for samples, pixels_BHWC in self._batches(shard, rejected, bar):
-                images_BCHW = from_uint8(torch.from_numpy(pixels_BHWC).to(self._device)).permute(0, 3, 1, 2)
-                moments = self._encode(images_BCHW)
-                if sum(map(len, audited)) < self._config.audit:
-                    audited.append(self._audit(images_BCHW, moments))
-                for (sample, members), packed in zip(samples, moments.pack().half().cpu().numpy(), strict=True):
-                    kept = {field: members[field] for field in _KEPT_MEMBERS if field in members}
-                    writer.add(sample.key, packed, sample.caption, members=kept)
-            audit = self._verdict(shard, writer, audited)
-            summary = self.images.summaries[shard]
-            writer.finish(source=summary.name, source_sha256=summary.sha256, rejected=rejected, audit=audit)
-
-    def _batches(
-        self, shard: int, rejected: list[Rejection], bar: progress.Bar
-    ) -> Iterator[tuple[list[tuple[Sample, dict[str, bytes]]], np.ndarray]]:
-        """Decoded images in key order, a batch ahead of the encoder; what cannot be decoded goes to `rejected`."""
-        ids = self.images.shard_ids(shard, by_key=True)
-        with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-            pending = [pool.submit(self._read, int(sample)) for sample in ids[: self._config.batch]]
-            for start in range(0, len(ids), self._config.batch):
-                if self._preemption.received:
-                    log.info("told to stop: %s is left for the next time", self.target(shard).name)
-                    sys.exit(runtime.PREEMPTED_EXIT_CODE)
-                ahead = ids[start + self._config.batch : start + 2 * self._config.batch]
-                current, pending = pending, [pool.submit(self._read, int(sample)) for sample in ahead]
-                results = [future.result() for future in current]
-                rejected.extend(result for result in results if isinstance(result, Rejection))
-                good = [result for result in results if not isinstance(result, Rejection)]
-                if good:
-                    yield [(sample, members) for sample, members, _ in good], np.stack([pixels for *_, pixels in good])
-                bar.advance(len(results), self.target(shard).name)
-
-    def _read(self, sample_id: int) -> tuple[Sample, dict[str, bytes], np.ndarray] | Rejection:
-        key = self.images.keys(np.array([sample_id]))[0]
-        try:
-            members = self.images.read(np.array([sample_id]), (*self._fields, *_KEPT_MEMBERS))[0]
-            sample = Sample.parse(key, members)
-            assert sample.image is not None, "the shard set requires an image"
-            pixels = self._transform(decode(sample.image), original_size=sample.original_size)
-        except (UndecodableImage, RejectedImage, MalformedMember) as error:
-            return Rejection(error.reason, key, 0)
-        except CorruptSample:
-            return Rejection("checksum", key, 0)
-        return sample, members, pixels
-
-    @torch.no_grad()
-    def _encode(self, images_BCHW: Tensor) -> Moments:
-        return self._first_stage.encode(images_BCHW)
-
-    @torch.no_grad()
-    def _audit(self, images_BCHW: Tensor, moments: Moments) -> Tensor:
-        """PSNR of the images decoded from what is stored: float16 means."""
-        return psnr(self._first_stage.decode(moments.mean.half().float()), images_BCHW).cpu()
-
-    def _verdict(self, shard: int, writer: CacheShardWriter, audited: list[Tensor]) -> Audit | None:
-        if writer.statistics is None:
-            return None
-        found = torch.cat(audited)
-        audit = Audit(
-            images=len(found),
-            psnr=float(found.mean()),
-            latent_mean=writer.statistics.mean,
-            latent_std=writer.statistics.std,
-        )
-        if audit.psnr < self._config.min_psnr:
-            raise AuditFailed(
-                f"{self.images.urls[shard]}: {audit.images} images decoded from their latents reach {audit.psnr:.1f} "
-                f"dB, below precompute.min_psnr={self._config.min_psnr}: wrong first stage, normalisation or images"
-            )
-        return audit
-
-
-def _encode_all(encoder: _Encoder, wanted: range) -> None:
-    """Encode this process's share of the shards that are not done."""
-    done = {shard for shard in wanted if encoder.finished(shard) is not None}
-    mine = [shard for shard in wanted if shard % runtime.world() == runtime.rank() and shard not in done]
-    counts = encoder.images.counts
-    total = int(counts[mine].sum()) if mine else 0
-    if done:
-        log.info("%d of %d shards are done already", len(done), len(wanted))
-    with progress.bar("encoding", total) as bar:
-        for shard in mine:
-            encoder.encode(shard, bar)
-
-
-def _finish(job: jobs_config.PrecomputeJob, encoder: _Encoder, records: list[ShardRecord]) -> None:
-    """Write manifest, list of rejected samples and (where the text encoder wants one) the vocabulary."""
-    identity = encoder.identity
-    manifest = finish_cache(
-        encoder.folder, records, first_stage=identity.first_stage, transform=identity.transform, kind=identity.kind
+def _image_tars(job: jobs_config.PrecomputeJob) -> ImageTars:
+    if not job.data.images:
+        raise ValueError("data.images is not set: give a directory, brace range, glob or list of image shards")
+    return ImageTars(
+        job.data.images,
+        job.data.index_dir,
+        job.data.task.require,
+        selection=job.data.selection,
+        removed=job.data.removed,
     )
+
+
+def _begin(folder: Path, made_by: CacheIdentity, config: jobs_config.PrecomputeConfig, tars: ImageTars) -> None:
+    """Note what makes this cache, before its first shard; refuse a folder that holds another one.
+
+    raises  ValueError naming what differs
+    """
+    note, manifest = folder / SIDECARS / "precompute.json", folder / "manifest.json"
+    ours = _settings(made_by.first_stage, made_by.transform, made_by.kind) | {
+        "precompute.precision": config.precision.value,
+        "precompute.flip": config.flip,
+        "data.selection": [selection.digest[:12] for selection in tars.selections],
+    }
+    theirs: dict[str, Any] = {}
+    if note.exists():
+        theirs = storage.read_json(note)
+    elif manifest.exists():
+        found = CacheManifest.read_from(str(folder))
+        theirs = _settings(found.first_stage, found.transform, found.kind)
+    differing = [f"{key}={value} (now {ours[key]})" for key, value in theirs.items() if value != ours[key]]
+    if differing and not config.overwrite:
+        raise ValueError(
+            f"data.latents={folder} holds latents made with {', '.join(differing)}: go back to that, name another "
+            "folder, or set precompute.overwrite=true to encode everything again"
+        )
+    if differing:
+        manifest.unlink(missing_ok=True)
+        for record in (folder / SIDECARS).glob("*.done.json"):
+            record.unlink()
+    if theirs != ours:
+        storage.write_json(note, ours)
+
+
+def _settings(first_stage: dict[str, Any], transform: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {
+        "first_stage": f"{first_stage['kind']} {first_stage['sha256'][:12]}",
+        **{f"data.transform.{key}": value for key, value in transform.items()},
+        "moments": str(kind),
+    }
+
+
+def _wanted(pipeline: Pipeline, limit: int) -> list[int]:
+    """The first so many tars, and whatever else is done already: a cache only grows."""
+    everything = range(len(pipeline.tars.names))
+    if not limit:
+        return list(everything)
+    return [tar for tar in everything if tar < limit or pipeline.finished(tar) is not None]
+
+
+def _speed(encoder: ImageEncoder, config: jobs_config.PrecomputeConfig, size: int, images: int) -> float:
+    """Images that this process encodes in a second, tried on a batch of zeros after one to warm up."""
+    batch = config.batch if config.compile else min(config.batch, max(1, images // _TRIED_SHARE))
+    pixels_BHWC = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
+    encoder(pixels_BHWC).cpu()
+    began = time.perf_counter()
+    encoder(pixels_BHWC).cpu()
+    return batch / (time.perf_counter() - began) / (1 + config.flip)
+
+
+def _encode_all(
+    pipeline: Pipeline, wanted: Sequence[int], images: int, preemption: runtime.Preemption
+) -> list[ShardRecord]:
+    """The records of all wanted shards, whoever encoded them."""
+    records = {tar: pipeline.finished(tar) for tar in wanted}
+    if done := len(wanted) - list(records.values()).count(None):
+        log.info("%d of %d shards are done already", done, len(wanted))
+    with progress.bar("encoding", images // runtime.world()) as bar:
+        while left := [tar for tar, record in records.items() if record is None]:
+            pipeline.run(left, bar)
+            if preemption.received:
+                _leave(
+                    f"{len(left)} shards were left when this process began; what is not done waits for the next time"
+                )
+            records |= {tar: pipeline.finished(tar) for tar in left}
+    return [record for record in records.values() if record is not None]
+
+
+def _finish_once(
+    job: jobs_config.PrecomputeJob,
+    pipeline: Pipeline,
+    records: list[ShardRecord],
+    claims: Claims,
+    preemption: runtime.Preemption,
+) -> None:
+    """One process writes what there is one of; the others see it done."""
+    while not claims.take("manifest"):
+        if preemption.received:
+            _leave("another process writes the manifest")
+        time.sleep(_POLL_S)
+    before = _manifest(pipeline.folder)
+    if before is not None and before.shards == sorted(records, key=lambda record: record.name):
+        log.info("%s is complete", pipeline.folder)
+    else:
+        _finish(job, pipeline, records, before)
+    claims.release("manifest")
+
+
+def _manifest(folder: Path) -> CacheManifest | None:
+    try:
+        return CacheManifest.read_from(str(folder))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _finish(
+    job: jobs_config.PrecomputeJob, pipeline: Pipeline, records: list[ShardRecord], before: CacheManifest | None
+) -> None:
+    """Write list of rejected samples, manifest and (where the text encoder wants one) the vocabulary."""
+    made_by, folder, config = pipeline.identity, pipeline.folder, job.precompute
     lines = [
         json.dumps({"shard": record.name, "reason": reason, "key": key}) + "\n"
-        for record in records
+        for record in sorted(records, key=lambda record: record.name)
         for reason, key in record.rejected_keys
     ]
-    with storage.atomic_write(encoder.folder / "rejected.jsonl") as file:
+    for path in (folder / "rejected.jsonl", folder / "manifest.json", folder / SIDECARS / "precompute.json"):
+        sweep(path)
+    with storage.atomic_write(folder / "rejected.jsonl") as file:
         file.write("".join(lines).encode())
-    _train_vocabulary(job, encoder.folder)
-    if runtime.is_main():
-        _say(job, encoder.folder, manifest, records)
+    errors = [record.statistics["float32_error"] for record in records if record.written]
+    how = {"precision": config.precision.value, "float32_error": max(errors, default=0.0)}
+    manifest = finish_cache(
+        folder,
+        records,
+        first_stage=made_by.first_stage | how,
+        transform=made_by.transform,
+        kind=str(made_by.kind),
+    )
+    grown = before is not None and all(record in records for record in before.shards)
+    _train_vocabulary(job, folder, keep=grown)
+    pipeline.tars.summarise()
+    _say(job, folder, manifest, records)
 
 
-def _train_vocabulary(job: jobs_config.PrecomputeJob, folder: Path) -> None:
-    """A text encoder whose tokenizer lies in the cache gets one trained on the cache's captions."""
+def _train_vocabulary(job: jobs_config.PrecomputeJob, folder: Path, *, keep: bool) -> None:
+    """A text encoder whose tokenizer lies in the cache gets one trained on the cache's captions.
+
+    keep  leave one that is there: models may have been trained with it, on the smaller cache that this one was
+    """
     config = job.conditioning
     if not isinstance(config, TextTransformerConfig) or Path(config.tokenizer).parent != folder:
+        return
+    if keep and Path(config.tokenizer).exists():
         return
     cache = LatentCache.open(str(folder), job.data.index_dir)
     members = cache.members(np.arange(min(cache.n, _VOCABULARY_CAPTIONS)), ("txt",))
     train_wordpiece([member["txt"].decode() for member in members], config.vocab_size, config.tokenizer)
 
 
+def _leave(why: str) -> NoReturn:
+    log.info("told to stop: %s", why)
+    sys.exit(runtime.PREEMPTED_EXIT_CODE)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
+
+
 def _say(job: jobs_config.PrecomputeJob, folder: Path, manifest: CacheManifest, records: list[ShardRecord]) -> None:
     reasons = Counter(manifest.rejected)
     audits = [record.audit.psnr for record in records if record.audit is not None]
+    error = manifest.first_stage["float32_error"]
     print(
         f"\nlatent cache  {folder}\n"
         f"  samples     {manifest.n:,} written, {sum(reasons.values()):,} rejected, of {manifest.read:,} read"
         + (f" ({', '.join(f'{reason} {count:,}' for reason, count in reasons.most_common())})" if reasons else "")
         + f"\n  moments     {' x '.join(map(str, manifest.shape))} {manifest.dtype}, "
         f"latent mean {manifest.latent_mean:.3f}, std {manifest.latent_std:.3f} (scale {1 / manifest.latent_std:.4f})\n"
-        f"  audit       {min(audits):.1f} to {max(audits):.1f} dB over {len(audits)} shards\n"
+        f"  encoder     {job.precompute.precision.value}"
+        + (f", off float32 by {error:.2%} of the latents' size" if error else "")
+        + f"\n  audit       {min(audits):.1f} to {max(audits):.1f} dB over {len(audits)} shards\n"
         f"  next        accelerate launch train.py +experiment={job.experiment} data.latents={folder}\n"
     )

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm_scale.core.tensors import to_uint8
-from ldm_scale.data.loader import DataConfig, ImageSource
+from ldm_scale.data.config import DataConfig
 from ldm_scale.data.order import Order
+from ldm_scale.data.sources import ImageSource
 from ldm_scale.evaluation.alignment import caption_accuracy
 from ldm_scale.evaluation.distribution import FeatureMoments, Gaussian, frechet_distance
 from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures

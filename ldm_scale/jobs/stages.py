@@ -4,6 +4,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from ldm_scale.core import weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.tensors import to_uint8
-from ldm_scale.data.cache import require_match
-from ldm_scale.data.loader import ImageSource, LatentSource, OnBad
+from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match
+from ldm_scale.data.config import Origin
+from ldm_scale.data.sources import ImageBatch, OnBad, SampleSource
 from ldm_scale.first_stage.base import FirstStage, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss, perceptual_network
 from ldm_scale.jobs import config as jobs_config
@@ -27,7 +29,7 @@ from ldm_scale.samplers.base import Frame
 from ldm_scale.tracking.grid import labelled_grid
 from ldm_scale.tracking.tracker import Tracker
 from ldm_scale.training.engine import Engine
-from ldm_scale.training.steps import AutoencoderStep, DiffusionStep, Step
+from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
 from ldm_scale.training.validation import HeldOut
 
@@ -39,10 +41,8 @@ class Stage(ABC):
 
     module: nn.Module
     """What the engine trains."""
-    source: ImageSource | LatentSource
+    source: SampleSource[Any]
     """Where batches come from."""
-    order_id: str
-    """Which samples the positions of the stream mean."""
 
     @abstractmethod
     def step(self, engine: Engine) -> Step[Any]:
@@ -70,17 +70,18 @@ class Stage(ABC):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must carry besides weights and images seen."""
-        return {"order_id": self.order_id, "order": self.source.order.state()}
+        return {"order_id": self.source.order_id, "order": self.source.order.state()}
 
     def require_same_stream(self, state: dict[str, Any]) -> None:
         """Refuse to go on from a checkpoint whose stream of samples was another one.
 
         raises  ValueError naming both sides
         """
-        if state["order_id"] != self.order_id:
+        if state["order_id"] != self.source.order_id:
             raise ValueError(
-                f"the checkpoint read samples {state['order_id'][:12]}, this run has {self.order_id[:12]}: shards or "
-                "keys were added, removed or renamed. Restore them, or start another run: name=ANOTHER_NAME"
+                f"the checkpoint read samples {state['order_id'][:12]}, this run has {self.source.order_id[:12]}: "
+                "shards or keys were added, taken away or renamed, or data.selection is another. Restore them, or "
+                "start another run: name=ANOTHER_NAME"
             )
         self.source.order.require_same(state["order"])
 
@@ -96,17 +97,7 @@ class AutoencoderStage(Stage):
         self._job = job
         shards = job.data.open_images()
         self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
-        self.order_id = shards.order_id
-        self.source = ImageSource(
-            shards,
-            job.data.order_of(shards.n, job.seed),
-            job.data.transform.build(),
-            job.seed,
-            task=job.data.task,
-            threads=job.data.threads,
-            max_bad_share=job.data.max_bad_share,
-            on_bad=on_bad,
-        )
+        self.source = job.data.image_source(shards, job.seed, on_bad=on_bad)
         self.module: FirstStage = job.first_stage.build()
         perceptual = perceptual_network(job.autoencoder_loss, job.paths.weights)
         self._loss = ReconstructionLoss(job.autoencoder_loss, None if perceptual is None else perceptual.to(device))
@@ -145,32 +136,56 @@ class AutoencoderStage(Stage):
 
 
 class DiffusionStage(Stage):
-    """Second stage: a diffusion model on cached latents of a frozen first stage."""
+    """Second stage: a diffusion model on latents of a frozen first stage, cached or encoded in every step."""
 
     def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
         self._job = job
-        cache = job.data.open_latents()
+        is_cached = job.data.source is Origin.latents
+        caches = job.data.open_latents() if is_cached else {}
+        shards = {} if is_cached else job.data.open_images()
         loading.first_stage_weights(job.first_stage)
         self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
         self._first_stage = loading.first_stage(job.first_stage).to(device)
-        wanted = identity(job, self._first_stage)
-        require_match(
-            cache.manifest, wanted.fingerprint, wanted_first_stage=wanted.first_stage["sha256"], where=cache.folder
-        )
-        self._moments = MomentsKind(cache.manifest.kind)
-        self._latent_scale = job.first_stage.scale or 1 / cache.manifest.latent_std
         self.module: LatentDiffusion = job.latent_diffusion.build()
-        conditioner = self.module.conditioner
-        self.order_id = cache.order_id
-        self.source = LatentSource(
-            cache,
-            job.data.order_of(cache.n, job.seed),
-            conditioner.prepare if conditioner is not None else None,
-            max_bad_share=job.data.max_bad_share,
-            on_bad=on_bad,
-        )
+        prepare = None if self.module.conditioner is None else self.module.conditioner.prepare
+        if is_cached:
+            kind = self._kind_of(list(caches.values()))
+            self._moments: CachedMoments | EncodedMoments = CachedMoments(kind)
+            self.source = job.data.latent_source(caches, job.seed, prepare, on_bad)
+            std = latent_std(list(caches.values()), job.data.weights)
+        else:
+            self._moments = encoded = EncodedMoments(self._first_stage)
+            self.source = images = job.data.image_source(shards, job.seed, prepare, on_bad)
+            std = self._std_of_first_batch(encoded, images, device)
+        self._latent_scale = scale_of_latents(job.first_stage.scale, std)
         self._scores = GenerationScores(job.evaluation, job.paths, self._held_out)
         self._validation = self._encode_held_out(device)
+
+    def _kind_of(self, caches: Sequence[LatentCache]) -> MomentsKind:
+        """What the moments of all caches are.
+
+        raises  ValueError where one was made by another first stage or transform
+        """
+        wanted = identity(self._job, self._first_stage)
+        for cache in caches:
+            require_match(
+                cache.manifest, wanted.fingerprint, wanted_first_stage=wanted.first_stage["sha256"], where=cache.folder
+            )
+        return MomentsKind(wanted.kind)
+
+    def _std_of_first_batch(
+        self, encoded: EncodedMoments, source: SampleSource[ImageBatch], device: torch.device
+    ) -> float:
+        """Standard deviation of the latents of the first global batch (Rombach et al. 2022, appendix G)."""
+        config, batch = self._job.first_stage, self._job.evaluation.batch
+        statistics: LatentStatistics | None = None
+        for positions in np.split(np.arange(self._job.global_batch), range(batch, self._job.global_batch, batch)):
+            moments = encoded(source.read(positions), device)
+            if statistics is None:
+                statistics = LatentStatistics(str(moments.kind), config.latent_channels)
+            statistics.add(moments.pack().cpu().numpy())
+        assert statistics is not None
+        return statistics.std
 
     def step(self, engine: Engine) -> Step[Any]:
         return DiffusionStep(
@@ -270,3 +285,29 @@ class DiffusionStage(Stage):
         ]
         inputs = None if conditioner is None else conditioner.prepare(self._held_out.captions).to(device)
         return HeldOut(torch.cat(parts) * self._latent_scale, inputs, self._job.seed, batch)
+
+
+def scale_of_latents(configured: float | None, std: float) -> float:
+    """What latents of this standard deviation are multiplied by.
+
+    configured  the first stage's own scale; None for 1 / std
+    raises      ValueError where it leaves latents far from unit variance
+    """
+    scale = configured or 1 / std
+    if not 0.5 < scale * std < 2:
+        raise ValueError(
+            f"first_stage.scale={scale:g} makes latents of standard deviation {scale * std:.3g}, since theirs is "
+            f"{std:.4g}; between 0.5 and 2 is right. Another first stage's scale? first_stage.scale=null takes "
+            f"1 / {std:.4g}"
+        )
+    return scale
+
+
+def latent_std(caches: Sequence[LatentCache], weights: Sequence[float]) -> float:
+    """Standard deviation of the latents of several caches together, each as often as its weight says."""
+    if len(caches) == 1:
+        return caches[0].manifest.latent_std
+    shares = np.array(weights) / sum(weights)
+    means = np.array([cache.manifest.latent_mean for cache in caches])
+    stds = np.array([cache.manifest.latent_std for cache in caches])
+    return float(np.sqrt(shares @ (stds**2 + means**2) - (shares @ means) ** 2))

@@ -11,17 +11,19 @@ import torch
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import Loader
-from ldm_scale.jobs import branch, identity, summary
+from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
 from ldm_scale.tracking.report import write_report
-from ldm_scale.tracking.tracker import Silent, Tracker
+from ldm_scale.tracking.tracker import JsonLines, Silent, Tracker
 from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
+from ldm_scale.training.guards import GarbageCollection, Guard, passed_over
 from ldm_scale.training.loop import Clock, Looks, Outcome, Run, fit
 from ldm_scale.training.throughput import Meter, peak_flops
+from ldm_scale.training.watchdog import Watchdog
 
 log = runtime.logger(__name__)
 
@@ -47,6 +49,31 @@ def run(job: jobs_config.TrainJob) -> None:
 def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: identity.Changes) -> Outcome:
     parent = None if checkpoint.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
+    watchdog = Watchdog(
+        run_dir.path / "stacks",
+        minutes=job.guard.watchdog_minutes,
+        phase_minutes=job.guard.phase_minutes,
+        on_end=lambda reason: _write_failed(run_dir, reason),
+    )
+    try:
+        outcome = _watched(job, run_dir, plain, changed, parent, engine, watchdog)
+        watchdog.close()
+        return outcome
+    except Exception as error:
+        if cause := watchdog.explained(error):
+            error.add_note(cause)
+        raise
+
+
+def _watched(
+    job: jobs_config.TrainJob,
+    run_dir: RunDir,
+    plain: dict[str, Any],
+    changed: identity.Changes,
+    parent: branch.Parent | None,
+    engine: Engine,
+    watchdog: Watchdog,
+) -> Outcome:
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
 
     def on_bad(key: str, reason: str, position: int) -> None:
@@ -57,7 +84,7 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
     stage: Stage = kind(job, engine.device, on_bad)
     engine.prepare(stage.module, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
-    checkpoints, damaged = _checkpoints(job, run_dir, engine, ema)
+    checkpoints, damaged = _checkpoints(job, run_dir, engine, ema, tracker)
     newest = checkpoints.latest()
     state = checkpoints.load(newest) if newest is not None else None
     if state is not None:
@@ -65,10 +92,11 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
     elif (parent := parent or branch.parent_of(job)) is not None:  # where there are checkpoints, all are damaged
         parent.require_fits(stage.state())
         state = parent.begin(engine, ema, checkpoints)
-    under_way = _assemble(job, engine, stage, ema, checkpoints, tracker, state)
+    under_way = _assemble(job, run_dir, engine, stage, ema, checkpoints, tracker, watchdog, state)
     if runtime.is_main():
         storage.write_json(run_dir.config, plain)
         run_dir.write_status("running", images=under_way.images_seen)
+        repro.record(run_dir, plain, engine, stage.state(), stage.source, under_way.images_seen)
     tracker.start(plain, resume_at=under_way.images_seen)
     begin = "start" if newest is None else "resume"
     born = None if parent is None else parent.described()
@@ -78,6 +106,8 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
     log.info("training %s: %s", run_dir.path, _in_words(engine, stage, under_way.images_seen))
     try:
         outcome = fit(under_way)
+        with watchdog.phase("save"):
+            checkpoints.drain()
         averaged = ema.consolidated(job.ema_half_lives[0]) if outcome == "finished" else None
         if averaged is not None:
             buffers = {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
@@ -88,11 +118,18 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
         raise
     finally:
         under_way.loader.close()
+        checkpoints.close()
 
 
-def _checkpoints(job: jobs_config.TrainJob, run_dir: RunDir, engine: Engine, ema: EMA) -> tuple[Checkpoints, list[str]]:
+def _checkpoints(
+    job: jobs_config.TrainJob, run_dir: RunDir, engine: Engine, ema: EMA, tracker: Tracker
+) -> tuple[Checkpoints, list[str]]:
     """The run's checkpoints, and a list that names those found damaged."""
     damaged: list[str] = []
+
+    def on_failed(path: Path, reason: str) -> None:
+        tracker.event(checkpoint.images_of(path), "save_failed", reason=reason)
+
     checkpoints = Checkpoints(
         run_dir.checkpoints,
         masters=engine.masters,
@@ -100,18 +137,22 @@ def _checkpoints(job: jobs_config.TrainJob, run_dir: RunDir, engine: Engine, ema
         module=engine.module,
         keep_last=job.keep_last,
         keep_every_images=job.keep_every,
+        max_unsaved_minutes=job.max_unsaved_minutes,
         on_damaged=lambda path, reason: damaged.append(f"{path.name}: {reason}"),
+        on_failed=on_failed,
     )
     return checkpoints, damaged
 
 
 def _assemble(
     job: jobs_config.TrainJob,
+    run_dir: RunDir,
     engine: Engine,
     stage: Stage,
     ema: EMA,
     checkpoints: Checkpoints,
     tracker: Tracker,
+    watchdog: Watchdog,
     state: dict[str, Any] | None,
 ) -> Run:
     """The parts of a training and how far it has come, for the loop."""
@@ -124,9 +165,13 @@ def _assemble(
         device=engine.device,
     )
     peak = peak_flops(engine.device, engine.compute_dtype)
+    guard = Guard(job.guard, engine, passed_over(run_dir.read_lines(run_dir.events)))
+    if state is not None:
+        guard.resume(state)
     return Run(
         engine=engine,
         step=stage.step(engine),
+        source=stage.source,
         loader=loader,
         learning_rate=lambda images: job.optimizer.learning_rate_at(images, job.total_images),
         ema=ema,
@@ -134,6 +179,10 @@ def _assemble(
         tracker=tracker,
         meter=Meter(flops_per_image=stage.flops_per_image(), peak=peak, world=engine.world),
         preemption=runtime.Preemption(),
+        guard=guard,
+        watchdog=watchdog,
+        garbage=GarbageCollection(job.guard.collect_every),
+        rewind=lambda images: _rewind(run_dir, images),
         averaged=lambda: ema.swapped(job.ema_half_lives[0]),
         evaluate=stage.evaluate,
         conditions={"weights": f"ema/{job.ema_half_lives[0]}", **stage.conditions()},
@@ -172,6 +221,18 @@ def _status_kept(run_dir: RunDir) -> Iterator[None]:
             reason = "".join(traceback.format_exception_only(error)).strip()
             run_dir.write_status("failed", images=_images(run_dir), reason=reason)
         raise
+
+
+def _write_failed(run_dir: RunDir, reason: str) -> None:
+    """For the watchdog: by rank 0, or where that is lost by whoever comes first."""
+    if runtime.is_main() or storage.read_json(run_dir.status)["state"] != "failed":
+        run_dir.write_status("failed", images=_images(run_dir), reason=reason)
+
+
+def _rewind(run_dir: RunDir, images: int) -> None:
+    """Take back numbers and pictures of what came after so many images; W&B keeps them, and is sent none twice."""
+    if runtime.is_main():
+        JsonLines(run_dir).start({}, resume_at=images)
 
 
 def _images(run_dir: RunDir) -> int:

@@ -97,7 +97,7 @@ class Wandb:
         if settings.mode == "disabled":  # WANDB_MODE
             return
         self._run_dir.wandb.mkdir(parents=True, exist_ok=True)
-        online = not self._offline and self._may_go_online(settings)
+        online = not self._offline and may_go_online(settings)
         try:
             self._run = self._init("online" if online else "offline", config)
         except Exception as error:
@@ -136,15 +136,6 @@ class Wandb:
             group=self._group,
             tags=self._tags,
         )
-
-    def _may_go_online(self, settings: "wandb.Settings") -> bool:
-        """Whether the user's settings allow it, a key is configured and the server accepts connections."""
-        if settings.mode != "online" or not _has_key(settings):
-            return False
-        if _reachable(settings.base_url, _CONNECT_S):
-            return True
-        _LOG.warning("W&B at %s is unreachable; this run is recorded offline", settings.base_url)
-        return False
 
     def _send(self, images_seen: int, values: dict[str, Any]) -> None:
         if self._run is None:
@@ -197,6 +188,16 @@ def run_id(run_dir: RunDir) -> str:
         with storage.atomic_write(path) as file:
             file.write(secrets.token_hex(4).encode() + b"\n")
     return path.read_text().strip()
+
+
+def may_go_online(settings: "wandb.Settings") -> bool:
+    """Whether the user's settings allow it, a key is configured and the server accepts connections."""
+    if settings.mode != "online" or not _has_key(settings):
+        return False
+    if _reachable(settings.base_url, _CONNECT_S):
+        return True
+    _LOG.warning("W&B at %s is unreachable; this run is recorded offline", settings.base_url)
+    return False
 
 
 def closing_hint(run_dir: RunDir) -> str:

@@ -6,18 +6,31 @@
       complete.json                    written last: the run's state, shapes, versions, who holds what, sha256s
 
 Kinds: `weight`, `exp_avg`, `exp_avg_sq` and `ema/{half_life}`. Pieces come from `training/masters.py`, where engines
-differ; nothing here knows one. All ranks write to a hidden directory, which is renamed when every byte is on disk.
-Random streams are functions of the data position (core/rng.py), so no generator state is kept.
+differ; nothing here knows one. Random streams are functions of the data position (core/rng.py), so no generator state
+is kept.
+
+Training stands still while each rank copies its share to host memory, no longer. A thread of each rank then writes the
+share to a hidden directory, syncs it, and last of all leaves `rank*.json` with its digest beside it. Rank 0's thread
+waits for these files, writes `complete.json` and renames the directory. So threads agree through the file system and
+never by a collective, which would not be safe beside training's own; and a checkpoint is complete as soon as its bytes
+are on disk, however long the main threads are busy. These learn by a collective, at the next `poll`, `save` or `drain`,
+how it ended: a rank whose disk is full need not be able to write anything to be heard.
 """
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +52,10 @@ _COMPLETE, _BUFFERS = "complete.json", "buffers.safetensors"
 _NAME = re.compile(r"images_\d{12}")
 _SHOWN = 10
 _WEIGHT = "weight"
+_CHUNK = 1 << 24  # bytes written at once: what a save that is given up still does
+_LOOK_S = 0.05  # between two looks at what other ranks have done
+_TRIES = 10  # within `max_unsaved_minutes`
+_LEAVE_S = 20.0  # that `close` lets a save go on: less than the minute after which a job must have ended
 _PACKAGES = ("ldm_scale", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
 
 Result = TypeVar("Result")
@@ -49,7 +66,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one training. Every method but `path` is collective: all ranks call it."""
+    """The checkpoints of one training. Every method but `path` and `close` is collective: all ranks call it."""
 
     def __init__(
         self,
@@ -60,23 +77,35 @@ class Checkpoints:
         module: nn.Module,
         keep_last: int = 2,
         keep_every_images: int = 0,
+        max_unsaved_minutes: float = 60.0,
         on_damaged: Callable[[Path, str], None] = lambda path, reason: None,
+        on_failed: Callable[[Path, str], None] = lambda path, reason: None,
     ) -> None:
         """Name what is saved and how much of it is kept.
 
-        module             the unwrapped module; its persistent buffers are saved beside the masters
-        keep_last          newest checkpoints kept, at least 1
-        keep_every_images  the first checkpoint at or after each multiple of this many images is kept too; 0 keeps none
-        on_damaged         told of each damaged checkpoint that `latest` passes over, on rank 0
+        module               the unwrapped module; its persistent buffers are saved beside the masters
+        keep_last            newest checkpoints kept, at least 1
+        keep_every_images    the first checkpoint at or after each multiple of this many images is kept too; 0: none
+        max_unsaved_minutes  how long saves may fail before that is an error; 0 makes the first one an error
+        on_damaged           told of each damaged checkpoint that `latest` passes over, on rank 0
+        on_failed            told of each save that failed, on rank 0
         """
         if keep_last < 1:
             raise ValueError(f"keep_last={keep_last}; at least 1, or the only checkpoint would be deleted")
         if keep_every_images < 0:
             raise ValueError(f"keep_every_images={keep_every_images}; at least 0; 0 keeps none besides the last")
+        if max_unsaved_minutes < 0:
+            raise ValueError(f"max_unsaved_minutes={max_unsaved_minutes}; at least 0; 0 ends at the first failed save")
         self._directory = Path(directory)
         self._masters, self._ema, self._module = masters, ema, module
         self._keep_last, self._keep_every = keep_last, keep_every_images
-        self._on_damaged = on_damaged
+        self._patience_s = 60 * max_unsaved_minutes
+        self._on_damaged, self._on_failed = on_damaged, on_failed
+        self._saving: _Save | None = None
+        self._state: dict[str, Any] = {}
+        self._host: Tensor | None = None
+        self._failing_since: float | None = None
+        self._tried = 0.0
         self._damaged: set[Path] = set()
         self._sound: set[Path] = set()
 
@@ -84,28 +113,49 @@ class Checkpoints:
         return self._directory / f"images_{images_seen:012d}"
 
     def save(self, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, then delete those that the policy does not keep.
+        """Copy what is saved to host memory, and write it in the background; then delete what the policy does not keep.
 
-        state   JSON values; `images_seen` names the checkpoint
-        raises  CheckpointError on every rank when one of them could not write; earlier checkpoints stay as they are
+        One save at a time: waits for the one before it. One that fails leaves every checkpoint as it is, is told to
+        `on_failed`, and asks for the next one by `poll`.
+
+        state    JSON values; `images_seen` names the checkpoint
+        returns  where it will be
+        raises   CheckpointError on every rank where saves have failed for `max_unsaved_minutes`
         """
-        final = self.path(state["images_seen"])
-        temporary = final.with_name(f".{final.name}.tmp")
-        try:
-            _agreed(lambda: self._make_room(temporary), main_only=True)
-            files = _agreed(lambda: self._write_share(temporary))
-            _agreed(lambda: self._complete(temporary, final, files, state), main_only=True)
-        except CheckpointError as error:
-            if runtime.is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"could not save {final}: {error}") from error
-        self._damaged.discard(final)
-        self._sound.add(final)
-        _agreed(self._prune, main_only=True)
-        return final
+        self._settle(wait=True)
+        self._state = copy.deepcopy(state)
+        self._begin()
+        return self.path(state["images_seen"])
+
+    def poll(self) -> bool:
+        """Learn how the save under way ended, if it has. True where the last one failed, and it is time for the next.
+
+        raises  CheckpointError as `save` does
+        """
+        self._settle(wait=False)
+        if self._saving is not None or self._failing_since is None:
+            return False
+        return _gathered(time.monotonic() - self._tried >= self._patience_s / _TRIES)[0]
+
+    def drain(self) -> None:
+        """Wait until the last save is on disk; where it fails, write the same again until it is.
+
+        raises  CheckpointError as `save` does
+        """
+        self._settle(wait=True)
+        while self._failing_since is not None:
+            time.sleep(self._patience_s / _TRIES)
+            self._begin()
+            self._settle(wait=True)
+
+    def close(self) -> None:
+        """Let go, whatever other ranks do: a save under way has a few seconds left, and ends with the process."""
+        if self._saving is not None:
+            self._saving.join(_LEAVE_S)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose every byte is as written; None where there is none. Damaged ones are reported."""
+        self._settle(wait=True)
         for path in _agreed(self._recovered, main_only=True)[0] or []:
             reason = _damage(path)
             if reason is None:
@@ -152,6 +202,7 @@ class Checkpoints:
                 path.rename(path.with_name(f"{path.name}.abandoned"))
             return newer
 
+        self._settle(wait=True)  # one more that is newer, perhaps
         return _agreed(rename, main_only=True)[0] or []
 
     def _kinds(self) -> dict[str, Sequence[Tensor]]:
@@ -167,61 +218,206 @@ class Checkpoints:
                 aside.rename(final)
         return complete_ones(self._directory)
 
-    def _make_room(self, temporary: Path) -> None:
+    def _begin(self) -> None:
+        """Copy and start to write; a failure counts as one of the save."""
+        final, self._tried = self.path(self._state["images_seen"]), time.monotonic()
+        try:
+            temporary = _agreed(lambda: self._make_room(final), main_only=True)[0]
+        except CheckpointError as error:
+            self._failed(final, str(error))
+        else:
+            self._saving = _Save(self._snapshot(), temporary, final, self._prune)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Learn, all ranks alike, how the save under way ended; without `wait` only if it has."""
+        while (saving := self._saving) is not None:
+            outcomes = _gathered(saving.outcome)
+            if failures := [outcome for outcome in outcomes if outcome]:
+                self._saving = None
+                self._take_back(saving)
+                self._failed(saving.final, "; ".join(failures[:_SHOWN]))
+            elif outcomes[0] is not None:  # rank 0 is done when all are
+                self._saving = self._failing_since = None
+                self._damaged.discard(saving.final)
+                self._sound.add(saving.final)
+            elif wait:
+                time.sleep(_LOOK_S)
+            else:
+                return
+
+    def _take_back(self, saving: "_Save") -> None:
+        saving.cancel()
+        _gathered(None)  # nobody writes any more
+        if runtime.is_main():
+            shutil.rmtree(saving.temporary, ignore_errors=True)
+            self._prune()
+
+    def _failed(self, final: Path, reason: str) -> None:
+        if self._failing_since is None:
+            self._failing_since = self._tried
+        log.error("could not save %s: %s", final, reason)
+        if runtime.is_main():
+            self._on_failed(final, reason)
+        seconds = time.monotonic() - self._failing_since
+        if _gathered(seconds >= self._patience_s)[0]:  # rank 0's clock counts
+            raise CheckpointError(
+                f"could not save {final}: {reason}. No save succeeded for max_unsaved_minutes="
+                f"{self._patience_s / 60:g}; what was complete is as it was, and the same command goes on from there"
+            )
+
+    def _make_room(self, final: Path) -> Path:
+        """An empty directory that no earlier process knows; what those left over is deleted."""
         self._recovered()
         for left_over in self._directory.glob(".images_*"):
             shutil.rmtree(left_over)
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
         temporary.mkdir(parents=True)
+        return temporary
 
-    def _write_share(self, temporary: Path) -> dict[str, Any]:
-        rank, world = runtime.rank(), runtime.world()
-        pieces = share(self._masters, rank, world)
-        file = f"rank{rank:05d}-of-{world:05d}.safetensors"
+    def _snapshot(self) -> "_Snapshot":
+        """What is saved, as it is now, in host memory."""
         kinds = self._kinds()
+        pieces = share(self._masters, runtime.rank(), runtime.world())
         entries = [(f"{kind}:{piece.name}:{piece.start}", kind, piece) for kind in kinds for piece in pieces]
-        contents = (self._masters.read(kinds[kind], piece) for _, kind, piece in entries)
-        written = _write_floats(temporary / file, {key: piece.numel for key, _, piece in entries}, contents)
-        return {"file": file, **written, "pieces": [[piece.name, piece.start, piece.numel] for piece in pieces]}
-
-    def _complete(self, temporary: Path, final: Path, files: list[Any], state: dict[str, Any]) -> None:
-        """Rank 0: buffers, `complete.json`, and the rename that makes it a checkpoint."""
-        buffers = {name: b.detach().cpu().contiguous() for name, b in persistent_buffers(self._module).items()}
-        with storage.atomic_write(temporary / _BUFFERS) as file:
-            file.write(safetensors.torch.save(buffers))
+        floats = self._host_memory(sum(piece.numel for _, _, piece in entries))
+        begin = 0
+        for _, kind, piece in entries:
+            target = floats[begin : begin + piece.numel]
+            target.copy_(self._masters.read(kinds[kind], piece), non_blocking=True)
+            begin += piece.numel
+        buffers = {name: b.detach().to("cpu", copy=True) for name, b in persistent_buffers(self._module).items()}
         meta = {
             "format": FORMAT,
-            "images_seen": state["images_seen"],
+            "images_seen": self._state["images_seen"],
             "step": self._masters.step,
-            "state": state,
+            "state": self._state,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-            "kinds": list(self._kinds()),
+            "kinds": list(kinds),
             "parameters": {name: list(shape) for name, shape in self._masters.shapes.items()},
-            "files": files,
-            "buffers": {
-                "file": _BUFFERS,
-                "bytes": (temporary / _BUFFERS).stat().st_size,
-                "sha256": storage.sha256_file(temporary / _BUFFERS),
-            },
         }
-        storage.write_json(temporary / _COMPLETE, {**meta, "digest": storage.digest(meta)})
-        _sync_directory(temporary)
-        if final.exists():  # the same images again, or a damaged one: moved only now that its successor is whole
-            final.rename(final.with_name(f".{final.name}.replaced"))
-        temporary.rename(final)
-        _sync_directory(self._directory)
-        shutil.rmtree(final.with_name(f".{final.name}.replaced"), ignore_errors=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        held = [[piece.name, piece.start, piece.numel] for piece in pieces]
+        return _Snapshot({key: piece.numel for key, _, piece in entries}, floats, held, buffers, meta)
+
+    def _host_memory(self, numel: int) -> Tensor:
+        """The same floats at every save; page-locked where a GPU copies to them.
+
+        Torch's own pinned allocator would round tens of gigabytes up to a power of two.
+        """
+        if self._host is None:
+            self._host = torch.empty(numel)
+            if torch.cuda.is_available() and numel:
+                torch.cuda.check_error(
+                    int(torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), self._host.nbytes, 0))
+                )
+        return self._host
 
     def _prune(self) -> None:
+        """Rank 0: delete what the policy does not keep; a damaged one counts as none, and stays."""
         complete = [path for path in complete_ones(self._directory) if path not in self._damaged]
         kept = set(complete[: self._keep_last])
         if self._keep_every:
             first_of: dict[int, Path] = {}
             for path in complete:  # newest first, so the oldest of each stretch stays in the dictionary
-                first_of[_images(path) // self._keep_every] = path
+                first_of[images_of(path) // self._keep_every] = path
             kept |= {path for stretch, path in first_of.items() if stretch > 0}
         for path in complete:
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                hidden = path.with_name(f".{path.name}.pruned")  # a kill leaves no half of it
+                path.rename(hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """What one rank saves, at one moment."""
+
+    sizes: dict[str, int]
+    """Elements of each entry of the file, in its order."""
+    floats: Tensor
+    """All entries end to end."""
+    pieces: list[list[Any]]
+    """`[name, start, numel]` of what this rank holds."""
+    buffers: dict[str, Tensor]
+    meta: dict[str, Any]
+    """`complete.json`, but for what is known only when files are written."""
+
+
+class _Save(threading.Thread):
+    """One save under way: a rank's share, and on rank 0 what makes a checkpoint of all shares."""
+
+    def __init__(self, snapshot: _Snapshot, temporary: Path, final: Path, prune: Callable[[], None]) -> None:
+        super().__init__(name="save", daemon=True)  # a rank that is lost must not keep rank 0 alive
+        self.temporary, self.final = temporary, final
+        self.outcome: str | None = None
+        """None while under way, empty when this rank is done, else what failed."""
+        self._snapshot, self._prune = snapshot, prune
+        self._rank, self._world = runtime.rank(), runtime.world()
+        self._cancelled = threading.Event()
+        self.start()
+
+    def cancel(self) -> None:
+        """Stop writing; what was written stays."""
+        self._cancelled.set()
+        self.join()
+
+    def run(self) -> None:
+        try:
+            self._write_share()
+            if self._rank == 0:
+                self._complete(self._shares())
+            self.outcome = ""
+        except Exception as error:  # told to the main thread, whatever it is
+            self.outcome = f"rank {self._rank}: {error}"
+
+    def _write_share(self) -> None:
+        file = self.temporary / f"rank{self._rank:05d}-of-{self._world:05d}.safetensors"
+        try:
+            written = _write_floats(file, self._snapshot.sizes, self._snapshot.floats, self._cancelled)
+        except OSError:
+            with suppress(OSError):
+                file.unlink()  # a full disk ends more than a save: metrics are written too
+            raise
+        said = {"file": file.name, **written, "pieces": self._snapshot.pieces}
+        storage.write_json(_beside(self.temporary, self._rank), said)
+
+    def _shares(self) -> list[Any]:
+        """Rank 0: what each rank says of its share, as soon as all have."""
+        said = [_beside(self.temporary, rank) for rank in range(self._world)]
+        while {path.name for path in said} - {path.name for path in self.temporary.iterdir()}:
+            if self._cancelled.wait(_LOOK_S):
+                raise InterruptedError("given up before all ranks had written")
+        files = [storage.read_json(path) for path in said]
+        for path in said:
+            path.unlink()
+        return files
+
+    def _complete(self, files: list[Any]) -> None:
+        """Rank 0: buffers, `complete.json`, and the rename that makes it a checkpoint."""
+        with storage.atomic_write(self.temporary / _BUFFERS) as file:
+            file.write(safetensors.torch.save(self._snapshot.buffers))
+        buffers = {
+            "file": _BUFFERS,
+            "bytes": (self.temporary / _BUFFERS).stat().st_size,
+            "sha256": storage.sha256_file(self.temporary / _BUFFERS),
+        }
+        meta = {**self._snapshot.meta, "files": files, "buffers": buffers}
+        storage.write_json(self.temporary / _COMPLETE, {**meta, "digest": storage.digest(meta)})
+        _sync_directory(self.temporary)
+        aside = self.final.with_name(f".{self.final.name}.replaced")
+        if self.final.exists():  # the same images again, or a damaged one: moved only now that its successor is whole
+            self.final.rename(aside)
+        self.temporary.rename(self.final)
+        _sync_directory(self.final.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # a checkpoint too many is no failed save
+            self._prune()
+
+
+def _beside(directory: Path, rank: int) -> Path:
+    """What a rank says of its share, when that is on disk."""
+    return directory / f"rank{rank:05d}.json"
 
 
 def find(directory: Path, name: str = "latest") -> Path:
@@ -334,7 +530,8 @@ class _Reader:
         return self._open[name]
 
 
-def _images(path: Path) -> int:
+def images_of(path: Path) -> int:
+    """Images seen by the training at a checkpoint, by the name of its directory."""
     return int(path.name.removeprefix("images_"))
 
 
@@ -374,23 +571,27 @@ def _file_damage(path: Path, entry: dict[str, Any]) -> str:
     return ""
 
 
-def _write_floats(path: Path, sizes: dict[str, int], contents: Iterator[Tensor]) -> dict[str, Any]:
-    """Stream float32 vectors to a safetensors file, one in memory at a time; synced. Returns its size and sha256."""
+def _write_floats(path: Path, sizes: dict[str, int], floats: Tensor, cancelled: threading.Event) -> dict[str, Any]:
+    """Write float32 vectors that lie end to end as a safetensors file; synced. Returns its size and sha256.
+
+    Other threads may run: Python's lock is free while a chunk is written or hashed.
+    """
     header, begin = {}, 0
     for key, numel in sizes.items():
         header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, begin + 4 * numel]}
         begin += 4 * numel
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    total = hashlib.sha256()
+    prefix = struct.pack("<Q", len(text)) + text
+    total, content = hashlib.sha256(prefix), floats.numpy().data.cast("B")
     with open(path, "wb") as file:
-        for prefix in (struct.pack("<Q", len(text)), text):
-            file.write(prefix)
-            total.update(prefix)
-        for values in contents:
-            bytes_ = values.to("cpu", torch.float32).contiguous().numpy().tobytes()
-            file.write(bytes_)
-            total.update(bytes_)
+        file.write(prefix)
+        for start in range(0, len(content), _CHUNK):
+            if cancelled.is_set():
+                raise InterruptedError("given up, since another rank could not write")
+            chunk = content[start : start + _CHUNK]
+            file.write(chunk)
+            total.update(chunk)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()

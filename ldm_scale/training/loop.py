@@ -4,20 +4,25 @@ Progress is counted in images seen; intervals, learning rate, EMA and random str
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal
+
+import torch
 
 from ldm_scale.core import progress, runtime
 from ldm_scale.data.loader import Loader
+from ldm_scale.data.sources import SampleSource
 from ldm_scale.tracking.tracker import Tracker
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
-from ldm_scale.training.guards import require_finite
+from ldm_scale.training.guards import GarbageCollection, Guard, Policy, TrainingDiverged, Trouble
 from ldm_scale.training.steps import Metrics, Step
 from ldm_scale.training.throughput import Meter
+from ldm_scale.training.watchdog import Watchdog
 
 Outcome = Literal["finished", "preempted"]
 
@@ -46,6 +51,7 @@ class Run:
 
     engine: Engine
     step: Step[Any]
+    source: SampleSource[Any]
     loader: Loader
     learning_rate: Callable[[int], float]
     ema: EMA
@@ -53,6 +59,11 @@ class Run:
     tracker: Tracker
     meter: Meter
     preemption: runtime.Preemption
+    guard: Guard
+    watchdog: Watchdog
+    garbage: GarbageCollection
+    rewind: Callable[[int], None]
+    """Takes back what the run directory says of training after so many images."""
     averaged: Callable[[], AbstractContextManager[None]]
     """Puts the averaged weights into the model while it lasts."""
     evaluate: Callable[[], dict[str, float]]
@@ -74,35 +85,88 @@ class Run:
 def fit(run: Run) -> Outcome:
     """Train until `total_images` have been seen or a signal asks to stop; the last weights are saved either way."""
     _look(run)
-    with progress.bar("training", run.total_images, done=run.images_seen) as bar:
-        for batch in run.loader.batches(run.images_seen):
+    with progress.bar("training", run.total_images, done=run.images_seen) as bar, run.garbage.scheduled():
+        micro_batches = run.loader.batches(run.images_seen)
+        while True:
             rate = run.learning_rate(run.images_seen)
-            metrics = run.step(batch, rate)
-            if not run.engine.at_boundary:
-                continue
+            metrics = _global_batch(run, micro_batches, rate)
             before, run.images_seen = run.images_seen, run.images_seen + run.global_batch
             run.ema.update(run.global_batch, run.images_seen)
             run.meter.step(run.global_batch)
-            last, stop = run.images_seen >= run.total_images, run.preemption.agreed()
-            if run.log_clock.fires(before, run.images_seen) or last:
-                bar.move(min(run.images_seen, run.total_images), _log(run, metrics, rate))
+            run.garbage.step()
+            run.watchdog.beat()
+            last = run.images_seen >= run.total_images
             run.due = Looks(
                 evaluate=run.evaluate_clock.fires(before, run.images_seen) or last,
                 show=run.sample_clock.fires(before, run.images_seen) or last,
             )
-            if not stop:
+            logs = run.log_clock.fires(before, run.images_seen) or last
+            saves = run.save_clock.fires(before, run.images_seen) or last
+            waits = logs or saves or run.due.evaluate or run.due.show
+            heard = run.guard.hear(before, metrics, told_to_stop=run.preemption.received, at_once=waits)
+            if heard.troubles and _rolled_back(run, heard.troubles):
+                micro_batches = run.loader.batches(run.images_seen)
+                continue
+            if logs and metrics is not None:
+                bar.move(min(run.images_seen, run.total_images), _log(run, metrics, rate))
+            if not heard.stop:
                 _look(run)
-            if run.save_clock.fires(before, run.images_seen) or last or stop:
+            if saves or heard.stop or (logs and run.checkpoints.poll()):
                 _save(run)
-            if last or stop:
+            if last or heard.stop:
                 return "finished" if last else "preempted"
-    raise AssertionError("the stream of batches has no end")
+
+
+def _global_batch(run: Run, micro_batches: Iterator[Any], rate: float) -> Metrics | None:
+    """Forward, backward and the optimizer's step; None for a global batch that is passed over, which is read only."""
+    metrics, passed_over = None, run.guard.passes_over(run.images_seen)
+    for batch in islice(micro_batches, run.engine.accumulation):
+        if not passed_over:
+            metrics = run.step(batch, rate)
+            run.guard.remember(batch.keys)
+    return metrics
+
+
+def _rolled_back(run: Run, troubles: list[Trouble]) -> bool:
+    """Write down what is wrong, and do what the policy says; True where training is back at a checkpoint.
+
+    raises  TrainingDiverged where the policy is to stop, there were too many in a row, or there is no checkpoint
+    """
+    for trouble in troubles:
+        action = run.guard.config.policy
+        run.tracker.event(run.images_seen, "trouble", action=action.value, **asdict(trouble))
+        run.guard.require_patience(trouble)
+        if action is Policy.rollback:
+            _roll_back(run, trouble)
+            return True  # what came after it comes again
+    return False
+
+
+def _roll_back(run: Run, trouble: Trouble) -> None:
+    wanted = max(trouble.start - run.guard.config.rollback_images, 0)
+    with run.watchdog.phase("rollback"):
+        abandoned = run.checkpoints.abandon_newer(run.checkpoints.path(wanted))
+        newest = run.checkpoints.latest()
+        if newest is None:
+            raise TrainingDiverged(
+                f"{trouble}. guard.policy=rollback finds no checkpoint of {wanted:,} images or fewer: write them more "
+                "often (every.save), or rename one of *.abandoned"
+            )
+        state = run.checkpoints.load(newest)
+    # After the renaming: a kill in between meets the same trouble again, and not what came after it.
+    begin, end = run.guard.pass_over(trouble)
+    run.images_seen, run.due = state["images_seen"], Looks(**state["due"])
+    run.guard.resume(state)
+    run.rewind(run.images_seen)
+    names = [path.name for path in abandoned]
+    run.tracker.event(run.images_seen, "rollback", passed_over=[begin, end], abandoned=names)
 
 
 def _log(run: Run, metrics: Metrics, rate: float) -> str:
     """Send this step's numbers to the tracker: the only wait for the device. Returns a note for the progress bar."""
-    values = run.engine.mean_over_ranks(metrics)
-    require_finite(values, run.images_seen)
+    shares = {name: torch.tensor(share) for name, share in run.source.shares().items()}
+    values = run.engine.mean_over_ranks({**metrics, **shares})
+    values |= run.source.counts(run.images_seen)
     speed = run.meter.read(run.loader.wait_s)
     run.tracker.log(run.images_seen, {**values, "train/lr": rate, "train/images_seen": float(run.images_seen), **speed})
     return f"loss {values['train/loss']:.4f}, {speed['perf/images_per_s']:,.0f} images/s"
@@ -113,7 +177,7 @@ def _look(run: Run) -> None:
     if not (run.due.evaluate or run.due.show):
         return
     started = time.perf_counter()
-    with run.averaged():
+    with run.watchdog.phase("evaluation"), run.averaged():
         if run.due.evaluate:
             scores = run.evaluate()
             run.tracker.log(run.images_seen, scores)
@@ -126,5 +190,8 @@ def _look(run: Run) -> None:
 
 def _save(run: Run) -> None:
     started = time.perf_counter()
-    run.checkpoints.save({"images_seen": run.images_seen, "due": asdict(run.due), **run.state})
+    with run.watchdog.phase("save"):
+        own = {"images_seen": run.images_seen, "due": asdict(run.due), "guard": run.guard.state()}
+        run.checkpoints.save({**own, **run.state})
+    run.guard.saved()
     run.meter.pause(time.perf_counter() - started)

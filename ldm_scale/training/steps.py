@@ -7,15 +7,16 @@ Shape letters: B batch, C channels, H W height and width.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ldm_scale.conditioning.base import Conditioner
 from ldm_scale.core import rng
-from ldm_scale.data.loader import ImageBatch, LatentBatch
+from ldm_scale.data.sources import ImageBatch, LatentBatch
 from ldm_scale.diffusion.timesteps import draw_timesteps
-from ldm_scale.first_stage.base import Moments, MomentsKind
+from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss
 from ldm_scale.latent_diffusion.model import DiffusionConfig
 from ldm_scale.training.engine import Engine
@@ -35,15 +36,37 @@ class Step(Protocol[Batch]):
         ...
 
 
+class CachedMoments:
+    """The moments that a latent cache holds."""
+
+    def __init__(self, kind: MomentsKind) -> None:
+        self._kind = kind
+
+    def __call__(self, batch: LatentBatch, device: torch.device) -> Moments:
+        return Moments.unpack(batch.moments.to(device, non_blocking=True), self._kind)
+
+
+class EncodedMoments:
+    """The moments of images, encoded now, and rounded to float16 as a cache would hold them."""
+
+    def __init__(self, first_stage: FirstStage) -> None:
+        self._first_stage = first_stage
+
+    @torch.no_grad()
+    def __call__(self, batch: ImageBatch, device: torch.device) -> Moments:
+        moments = self._first_stage.encode(batch.images.to(device, non_blocking=True))
+        return Moments.unpack(moments.pack().half(), moments.kind)
+
+
 class DiffusionStep:
-    """Cached moments to the denoising loss (Rombach et al. 2022, equation 3), with condition dropout for guidance."""
+    """Moments to the denoising loss (Rombach et al. 2022, equation 3), with condition dropout for guidance."""
 
     def __init__(
         self,
         engine: Engine,
         *,
         conditioner: Conditioner | None,
-        moments: MomentsKind,
+        moments: CachedMoments | EncodedMoments,
         latent_scale: float,
         diffusion: DiffusionConfig,
         seed: int,
@@ -52,7 +75,7 @@ class DiffusionStep:
         self._moments, self._latent_scale, self._diffusion = moments, latent_scale, diffusion
         self._mean = _Mean(engine)
 
-    def __call__(self, batch: LatentBatch, learning_rate: float) -> Metrics:
+    def __call__(self, batch: Any, learning_rate: float) -> Metrics:
         positions_B = batch.positions.to(self._engine.device, non_blocking=True)
         z_0_BCHW = self._latents(batch, positions_B)
         noise_BCHW = rng.normal(self._seed, "diffusion/noise", positions_B, tuple(z_0_BCHW.shape[1:]))
@@ -69,13 +92,13 @@ class DiffusionStep:
             grad_norm = self._engine.step(learning_rate)
         return {**self._mean({"train/loss": loss}), "train/grad_norm": grad_norm}
 
-    def _latents(self, batch: LatentBatch, positions_B: Tensor) -> Tensor:
+    def _latents(self, batch: Any, positions_B: Tensor) -> Tensor:
         """A draw from each posterior, scaled to unit variance, (B, C, H, W) float32."""
-        moments = Moments.unpack(batch.moments.to(self._engine.device, non_blocking=True), self._moments)
+        moments = self._moments(batch, self._engine.device)
         noise_BCHW = rng.normal(self._seed, "diffusion/posterior", positions_B, tuple(moments.mean.shape[1:]))
         return moments.sample(noise_BCHW) * self._latent_scale
 
-    def _inputs(self, batch: LatentBatch, positions_B: Tensor) -> Tensor | None:
+    def _inputs(self, batch: LatentBatch | ImageBatch, positions_B: Tensor) -> Tensor | None:
         """The conditioner's inputs, some replaced by its null inputs."""
         if self._conditioner is None or batch.inputs is None:
             return None

@@ -7,16 +7,12 @@ import pytest
 import torch
 
 from ldm_scale.data.cache import CacheShardWriter, LatentCache, fingerprint, finish_cache
-from ldm_scale.data.loader import (
-    DataConfig,
-    ImageSource,
-    LatentSource,
-    Loader,
-    TooManyBadSamples,
-)
+from ldm_scale.data.config import DataConfig
+from ldm_scale.data.loader import Loader
 from ldm_scale.data.order import Order
 from ldm_scale.data.samples import Task
 from ldm_scale.data.shards import ShardSet, ShardWriter
+from ldm_scale.data.sources import ImageSource, LatentSource, TooManyBadSamples
 from ldm_scale.images.resize import Crop, ImageTransformConfig
 
 N = 50
@@ -269,7 +265,7 @@ def test_images_through_the_loader(image_shards):
 def test_config_opens_what_it_names(image_shards, tmp_path):
     transform = ImageTransformConfig(size=8)
     config = DataConfig(images=image_shards, transform=transform)
-    assert config.open_images().n == 15
+    assert config.open_images()["data"].n == 15
     with pytest.raises(ValueError, match=r"data\.latents is not set"):
         config.open_latents()
     with pytest.raises(ValueError, match=r"data\.images is not set"):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from data_tools import make_openmoji
+from data_tools.dataset_writer import Rejected
 from data_tools.make_openmoji import caption, code_points, main, rasterise, svg_files
-from data_tools.make_shards import Rejected
 from ldm_scale.images.decode import decode
 
 

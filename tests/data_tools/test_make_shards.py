@@ -1,5 +1,4 @@
 import hashlib
-import io
 import json
 import tarfile
 from collections import Counter
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tools.make_shards import DatasetWriter, Sample, main
+from data_tools.make_shards import main
 from ldm_scale.images.decode import decode
 
 
@@ -203,14 +202,10 @@ def test_same_folder_same_bytes(tmp_path):
     assert one == two
 
 
-def test_an_exception_leaves_finished_shards_and_nothing_else(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "png")
-    sample = Sample({"png": buffer.getvalue(), "txt": b"words"}, {"caption": "words"})
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path, shard_size=2, val_share=0) as writer:
-        for _ in range(3):
-            writer.add(sample, group="g")
-        raise RuntimeError
-    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
-        "00000.parquet", "00000.tar", "00000_stats.json"
-    ]  # fmt: skip
+def test_the_report_says_what_the_summary_says(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    captioned(folder / "a.png", "a")
+    save(folder / "b.png")
+    assert main([str(folder), str(out), "--val-share", "0", "--report", str(tmp_path / "r.json")]) == 0
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert said == {"read": 2, "written": {"train": 1}, "rejected": {"missing_caption": 1}}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm_scale.core import rng
-from ldm_scale.data.loader import LatentBatch
+from ldm_scale.data.sources import LatentBatch
 from ldm_scale.diffusion.objective import ObjectiveConfig, Prediction, Weighting
 from ldm_scale.diffusion.schedule import ScheduleConfig
 from ldm_scale.diffusion.timesteps import TimestepDraw, draw_timesteps
@@ -13,7 +13,7 @@ from ldm_scale.latent_diffusion.model import DiffusionConfig, LatentDiffusion, L
 from ldm_scale.nn.unet import UNetConfig
 from ldm_scale.training.engine import EngineConfig, EngineKind, Precision
 from ldm_scale.training.optimizer import OptimizerConfig
-from ldm_scale.training.steps import DiffusionStep
+from ldm_scale.training.steps import CachedMoments, DiffusionStep
 
 SEED, GLOBAL_BATCH = 5, 8
 
@@ -58,8 +58,8 @@ def loss_of_a_batch(timesteps: TimestepDraw, micro_batch: int) -> float:
     )
     engine.prepare(model, OptimizerConfig())
     step = DiffusionStep(
-        engine, conditioner=None, moments=MomentsKind.POINT, latent_scale=1.0, diffusion=model.config.diffusion,
-        seed=SEED,
+        engine, conditioner=None, moments=CachedMoments(MomentsKind.POINT), latent_scale=1.0,
+        diffusion=model.config.diffusion, seed=SEED,
     )  # fmt: skip
     for positions in torch.arange(GLOBAL_BATCH, 2 * GLOBAL_BATCH).split(micro_batch):
         metrics = step(LatentBatch(positions, [], [], latents(positions), None), learning_rate=0.0)

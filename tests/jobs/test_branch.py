@@ -92,4 +92,4 @@ def test_what_cannot_be_a_parent_is_refused_before_anything_is_built(world: Any,
     assert "holds another architecture" in out and "mis-shaped" in out
     assert "unet.model_channels=16 (now 24)" in out
     scale = storage.read_json(parent.weights / "config.json")["latent_scale"]
-    assert f"set first_stage.scale={scale:.5g}" in refusal(f"init={parent.path}", "first_stage.scale=0.01")
+    assert f"set first_stage.scale={scale:.5g}" in refusal(f"init={parent.path}", "first_stage.scale=0.7")

@@ -2,6 +2,9 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import tiny
 import torch
 
 from ldm_scale.core import storage
+from ldm_scale.training import checkpoint as checkpoint_module
 from ldm_scale.training.checkpoint import CheckpointError, Checkpoints, find, read_consolidated
 
 
@@ -171,6 +175,7 @@ def test_policy_keeps_the_last_and_every_so_many_images(keep_last, keep_every, k
     checkpoints = policy(training, keep_last=keep_last, keep_every_images=keep_every)
     for images_seen in range(8, 88, 8):
         checkpoints.save({"images_seen": images_seen})
+    checkpoints.drain()
     assert names(training) == kept
 
 
@@ -181,6 +186,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(training):
     checkpoints = policy(training, keep_last=2)
     assert checkpoints.latest() == first
     checkpoints.save({"images_seen": 24})
+    checkpoints.drain()
     assert names(training) == [8, 16, 24]
 
 
@@ -192,34 +198,110 @@ def test_policies_that_could_delete_the_only_one_are_refused(training):
 def test_the_same_images_can_be_saved_again(training):
     training.save()
     path = training.checkpoints.save({"images_seen": 8, "wandb_id": "second"})
+    training.checkpoints.drain()
     assert policy(training).load(path)["wandb_id"] == "second"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_a_rollback_puts_newer_ones_out_of_the_way(training):
+    checkpoints = policy(training, keep_last=5)
     for images_seen in (8, 16, 24):
-        path = policy(training, keep_last=5).save({"images_seen": images_seen})
-    assert training.checkpoints.latest() == path
-    renamed = training.checkpoints.abandon_newer(training.checkpoints.path(8))
+        checkpoints.save({"images_seen": images_seen})
+    renamed = checkpoints.abandon_newer(checkpoints.path(8))  # the last one may still be under way: it counts too
     assert [old.name for old in renamed] == ["images_000000000024", "images_000000000016"]
-    assert training.checkpoints.latest() == training.checkpoints.path(8)
+    assert checkpoints.latest() == checkpoints.path(8)
 
 
-def test_a_full_disk_leaves_the_earlier_ones(training):
-    """A limit on file size stands in for a full disk: both make write() fail in the middle of a file."""
-    first = training.save()
-    training.run(1)
+@contextmanager
+def full_disk():
+    """A limit on file size stands in for it: both make write() fail in the middle of a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"could not save.*File too large"):
-            training.save()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_failed_save_leaves_the_earlier_ones_and_asks_for_another(training):
+    told = []
+    checkpoints = policy(training, max_unsaved_minutes=0.01, on_failed=lambda *failure: told.append(failure))
+    first = checkpoints.save({"images_seen": 8})
+    checkpoints.drain()
+    assert not checkpoints.poll()
+    with full_disk():
+        second = checkpoints.save({"images_seen": 16})
+        while not checkpoints.poll():
+            time.sleep(0.01)
+    assert [(path, "File too large" in reason) for path, reason in told] == [(second, True)]
     assert [entry.name for entry in first.parent.iterdir()] == [first.name]
-    assert policy(training).latest() == first
-    second = training.save()
-    assert policy(training).latest() == second
+    assert checkpoints.latest() == first
+    third = checkpoints.save({"images_seen": 24})
+    checkpoints.drain()
+    assert not checkpoints.poll()
+    assert checkpoints.latest() == third
+    assert len(told) == 1
+
+
+def test_the_last_save_is_tried_again_until_there_is_room(training):
+    checkpoints = policy(training, max_unsaved_minutes=0.1)
+    with full_disk():
+        checkpoints.save({"images_seen": 16})
+        while not checkpoints.poll():
+            time.sleep(0.01)
+    checkpoints.drain()
+    assert checkpoints.latest() == checkpoints.path(16)
+
+
+def test_saves_that_fail_for_too_long_are_an_error(training):
+    checkpoints, told = policy(training, max_unsaved_minutes=0.005), []
+    first = checkpoints.save({"images_seen": 8})
+    checkpoints.drain()
+    patient = policy(training, max_unsaved_minutes=0.005, on_failed=lambda *failure: told.append(failure))
+    patient.save({"images_seen": 16})
+    patient.drain()
+    with full_disk(), pytest.raises(CheckpointError, match=r"File too large.*max_unsaved_minutes=0\.005"):
+        patient.save({"images_seen": 24})
+        patient.drain()
+    assert 1 < len(told) <= 12
+    assert find(first.parent).name == "images_000000000016"
+    assert names(training) == [8, 16]
+
+
+def test_training_goes_on_beside_a_save(training, monkeypatch):
+    """What is saved is the moment of `save`, however long the writing takes."""
+    writes = threading.Event()
+    write = checkpoint_module._write_floats
+
+    def slowly(*arguments):
+        writes.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "_write_floats", slowly)
+    expected = training.everything()
+    state = {"images_seen": 8, "of": {"the": ["moment"]}}
+    path = training.checkpoints.save(state)
+    state["of"]["the"].append("later")
+    assert training.checkpoints.poll() is False
+    training.run(2)
+    training.engine.module.latent_scale.fill_(9.0)
+    assert not path.exists()
+    writes.set()
+    training.checkpoints.drain()
+    assert find(path.parent) == path
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema/4", "ema/400"):
+        saved, tensors = read_consolidated(path, kind)
+        assert saved["of"] == {"the": ["moment"]}
+        assert tensors["latent_scale"] == torch.tensor(tiny.LATENT_SCALE)
+        assert all(torch.equal(t, expected[f"{kind}:{n}"]) for n, t in tensors.items() if n != "latent_scale")
+
+
+def test_host_memory_is_taken_once(training):
+    training.save()
+    held = training.checkpoints._host.data_ptr()
+    training.run(1)
+    training.save()
+    assert training.checkpoints._host.data_ptr() == held
 
 
 def killed_at(training: tiny.Training, moment: int) -> bool:

@@ -86,7 +86,9 @@ class Training:
         return engine.mean_over_ranks({"loss": torch.stack(losses).mean()})["loss"]
 
     def save(self) -> Path:
-        return self.checkpoints.save({"images_seen": self.images_seen, "wandb_id": "abc"})
+        path = self.checkpoints.save({"images_seen": self.images_seen, "wandb_id": "abc"})
+        self.checkpoints.drain()
+        return path
 
     def resume(self, path: Path) -> None:
         self.images_seen = self.checkpoints.load(path)["images_seen"]

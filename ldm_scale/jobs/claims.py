@@ -1,0 +1,134 @@
+"""Who works on what, among processes of any number and on any hosts that share a folder and nothing else.
+
+A claim is a file that only one process can create. Its owner touches it now and then; one that is no longer touched, or
+whose process on this host is gone, may be taken over. Two owners at once are possible (a host that slept, a network
+that hung): what is done under a claim must be harmless when it is done twice.
+"""
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ldm_scale.core import storage
+
+STALE_S = 300.0
+"""Seconds without a sign of life after which a claim is free; network file systems show a new time a minute late."""
+_BEATS = 10  # signs of life in that time
+
+
+class Claims:
+    """What this process has claimed in `folder`. As a context manager it gives everything back at the end."""
+
+    def __init__(self, folder: str | Path, *, stale_s: float = STALE_S) -> None:
+        self.folder = Path(folder)
+        self.owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._stale_s = stale_s
+        self._held: set[str] = set()
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
+        self._thread.start()
+
+    def take(self, name: str) -> bool:
+        """Claim `name`; False where another process has it."""
+        if not self._create(name):
+            if not self._is_stale(name):
+                return False
+            self._path(name).unlink(missing_ok=True)
+            if not self._create(name):
+                return False
+        self._held.add(name)
+        return True
+
+    def holds(self, name: str) -> bool:
+        """Whether `name` is still this process's, and was not taken over while it seemed dead."""
+        return name in self._held and self._owner(name).get("owner") == self.owner
+
+    def release(self, name: str) -> None:
+        """Give `name` back."""
+        if self.holds(name):
+            self._path(name).unlink(missing_ok=True)
+        self._held.discard(name)
+
+    def sweep(self) -> None:
+        """Remove what processes left behind that are gone."""
+        for path in self.folder.glob("*.claim"):
+            if self.take(path.stem):
+                self.release(path.stem)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._stop.set()
+        self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+        with suppress(OSError):  # others still work here
+            self.folder.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.claim"
+
+    def _create(self, name: str) -> bool:
+        """Create the claim where there is none; with its content, so that nobody sees it empty for long."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(self._path(name), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            return False
+        said = {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(storage.canonical_json(said))
+        return True
+
+    def _owner(self, name: str) -> dict[str, Any]:
+        """What a claim says; nothing where it is gone or its owner died while writing it."""
+        try:
+            said: dict[str, Any] = json.loads(self._path(name).read_bytes())
+            return said
+        except (OSError, ValueError):
+            return {}
+
+    def _is_stale(self, name: str) -> bool:
+        """Judged by this process's own clock from when it first saw the last sign of life: clocks of hosts differ."""
+        owner = self._owner(name)
+        if owner.get("host") == socket.gethostname() and not _is_alive(owner["pid"]):
+            return True
+        try:
+            beat = self._path(name).stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        last, since = self._seen.get(name, (None, 0.0))
+        if last != beat:
+            since = time.monotonic()
+            self._seen[name] = beat, since
+        return time.monotonic() - since > self._stale_s
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._stale_s / _BEATS):
+            for name in list(self._held):
+                with suppress(OSError):  # taken over just now, or the file system is away
+                    if self.holds(name):
+                        os.utime(self._path(name))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -1,0 +1,176 @@
+"""How runs stand, one line each, from what they left on disk: nothing is asked of the processes.
+
+    python -m ldm_scale.jobs.status RUNS ... [--json] [--stale SECONDS]      e.g. runs/*
+
+A run's last sign of life is the newest time in its status, metrics and events. One that says `running` and gave no sign
+for long is `stale`: killed, hung, or in one long evaluation. GPU hours count from each launch to the last sign of it
+that is left: what a killed process logged after its last checkpoint is taken back when the run goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
+
+STALE_S = 900.0
+"""Seconds without a sign of life after which a running run counts as stale."""
+_BEGINS = ("start", "resume")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStatus:
+    """One run, as far as its files say."""
+
+    run: str
+    state: str
+    """running, stale, preempted, finished or failed."""
+    reason: str
+    images: int
+    total_images: int
+    eta_s: float | None
+    """Seconds left at the last logged rate; None where nothing trains or no rate is known."""
+    images_per_s: float | None
+    loss: float | None
+    heartbeat_age_s: float
+    """Seconds since the last sign of life."""
+    gpus: int
+    """Processes of the last launch."""
+    gpu_hours: float
+    restarts: int
+    host: str
+
+    @classmethod
+    def read(cls, run_dir: RunDir, *, now: float, stale_s: float = STALE_S) -> "RunStatus":
+        """The state of one run.
+
+        now  seconds since the epoch
+        """
+        status, config = storage.read_json(run_dir.status), storage.read_json(run_dir.config)
+        metrics, events = run_dir.read_lines(run_dir.metrics), run_dir.read_lines(run_dir.events)
+        signs = sorted({status["time"], *(line["time"] for line in (*metrics, *events))})
+        age = now - signs[-1]
+        running = status["state"] == "running"
+        state = "stale" if running and age > stale_s else str(status["state"])
+        images = max([status["images"], *(line["images_seen"] for line in metrics[-1:])])
+        rate, total = _last(metrics, "perf/images_per_s"), config["total_images"]
+        launches = [event for event in events if event["event"] in _BEGINS]
+        return cls(
+            run=str(run_dir.path),
+            state=state,
+            reason=status["reason"],
+            images=images,
+            total_images=total,
+            eta_s=(total - images) / rate if state == "running" and rate else None,
+            images_per_s=rate,
+            loss=_last(metrics, "train/loss"),
+            heartbeat_age_s=age,
+            gpus=launches[-1]["world"] if launches else 0,
+            gpu_hours=_gpu_hours(launches, signs),
+            restarts=max(0, len(launches) - 1),
+            host=status["host"],
+        )
+
+
+def find_runs(given: Sequence[Path]) -> list[RunDir]:
+    """Runs among `given` paths and anywhere in them, sorted.
+
+    raises  FileNotFoundError naming a path that holds none
+    """
+    found = {path: [file.parent for file in _statuses(path)] for path in given}
+    if empty := [str(path) for path, runs in found.items() if not runs]:
+        raise FileNotFoundError(f"no run (a directory with status.json) at or below {', '.join(empty)}")
+    return [RunDir(path) for path in sorted({run for runs in found.values() for run in runs})]
+
+
+def _statuses(path: Path) -> Iterator[Path]:
+    depths = [""] if RunDir(path).status.exists() else ["*/", "*/*/"]
+    return (file for depth in depths for file in path.glob(f"{depth}status.json"))
+
+
+def _last(lines: Sequence[dict[str, Any]], name: str) -> float | None:
+    """The last logged value; None where there is none, or it was not finite."""
+    value: float | None = next((line[name] for line in reversed(lines) if name in line), None)
+    return value
+
+
+def _gpu_hours(launches: Sequence[dict[str, Any]], signs: Sequence[float]) -> float:
+    """From each launch to the last sign of life before the next one, times its processes."""
+    seconds = 0.0
+    ends = [launch["time"] for launch in launches[1:]] + [float("inf")]
+    for launch, end in zip(launches, ends, strict=True):
+        lived = [sign for sign in signs if launch["time"] <= sign < end]
+        seconds += launch["world"] * (max(lived, default=launch["time"]) - launch["time"])
+    return seconds / 3600
+
+
+def show(runs: Sequence[RunStatus]) -> Table:
+    """One line a run."""
+    table = Table(box=box.SIMPLE)
+    for column in ("run", "state", "images", "%", "ETA", "images/s", "loss", "last sign", "GPU h", "host"):
+        table.add_column(column, justify="left" if column in ("run", "state", "host") else "right", overflow="fold")
+    for run in runs:
+        table.add_row(
+            run.run,
+            Text(_in_words(run), style="bold red" if run.state in ("stale", "failed") else ""),
+            f"{run.images:,}",
+            f"{100 * run.images / run.total_images:.1f}",
+            "-" if run.eta_s is None else duration(run.eta_s),
+            "-" if run.images_per_s is None else f"{run.images_per_s:,.1f}",
+            "-" if run.loss is None else f"{run.loss:.4f}",
+            duration(run.heartbeat_age_s),
+            f"{run.gpu_hours:,.1f}",
+            f"{run.host} x{run.gpus}" + (f", {run.restarts} restarts" if run.restarts else ""),
+        )
+    return table
+
+
+def _in_words(run: RunStatus) -> str:
+    return f"{run.state}: {run.reason}" if run.reason else run.state
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 42 s, 17 min, 3.4 h, 12.0 d."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ldm_scale.jobs.status", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories, or folders of them")
+    parser.add_argument("--json", action="store_true", help="a JSON array instead of a table")
+    parser.add_argument("--stale", type=float, default=STALE_S, help=f"seconds (default: {STALE_S:g})")
+    arguments = parser.parse_args(argv)
+    try:
+        now = time.time()
+        runs = [RunStatus.read(run, now=now, stale_s=arguments.stale) for run in find_runs(arguments.runs)]
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(run) for run in runs], indent=2))
+    else:
+        console = Console()
+        Console(width=console.width if console.is_terminal else 200).print(show(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

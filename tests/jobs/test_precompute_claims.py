@@ -1,0 +1,91 @@
+"""Claims of processes that share a folder: exclusive among the living, free after death."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ldm_scale.core import storage
+from ldm_scale.jobs.claims import Claims
+
+
+def wait_for(condition: object, seconds: float = 5.0) -> bool:
+    assert callable(condition)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def foreign(folder: Path, *, host: str, pid: int) -> Path:
+    """A claim as another process left it."""
+    path = folder / "00000.tar.claim"
+    storage.write_json(path, {"owner": "another", "host": host, "pid": pid, "time": 0.0})
+    return path
+
+
+def test_one_of_two_gets_it_and_the_other_after_it(tmp_path: Path) -> None:
+    with Claims(tmp_path / "claims") as one, Claims(tmp_path / "claims") as two:
+        assert one.take("a") and not two.take("a") and two.take("b")
+        assert one.holds("a") and not two.holds("a")
+        one.release("a")
+        assert two.take("a")
+    assert not (tmp_path / "claims").exists(), "nothing is left behind"
+
+
+def test_a_claim_of_a_process_that_is_gone_is_free_at_once(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    foreign(tmp_path, host=socket.gethostname(), pid=int(gone.stdout))
+    with Claims(tmp_path) as claims:
+        assert claims.take("00000.tar")
+
+
+def test_a_claim_on_another_host_is_free_when_it_shows_no_life(tmp_path: Path) -> None:
+    path = foreign(tmp_path, host="elsewhere", pid=1)
+    os.utime(path, (0, 0))  # its clock may be anything: only that the time stands still counts
+    with Claims(tmp_path, stale_s=0.4) as claims:
+        assert not claims.take("00000.tar")
+        time.sleep(0.3)
+        os.utime(path, (10, 10))
+        assert not claims.take("00000.tar")
+        time.sleep(0.3)
+        assert not claims.take("00000.tar"), "it moved 0.3 s ago"
+        assert wait_for(lambda: claims.take("00000.tar"))
+
+
+def test_the_living_keep_their_claims(tmp_path: Path) -> None:
+    with Claims(tmp_path, stale_s=0.4) as one, Claims(tmp_path, stale_s=0.4) as two:
+        assert one.take("a")
+        assert not wait_for(lambda: two.take("a"), seconds=1.2)
+
+
+def test_who_was_taken_for_dead_knows_it(tmp_path: Path) -> None:
+    with Claims(tmp_path) as claims:
+        assert claims.take("00000.tar")
+        path = foreign(tmp_path, host="elsewhere", pid=1)
+        assert not claims.holds("00000.tar")
+        claims.release("00000.tar")
+        assert path.exists(), "the other one's claim stays"
+        path.unlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_a_claim_whose_owner_died_writing_it_goes_stale(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.claim").write_bytes(content)
+    with Claims(tmp_path, stale_s=0.2) as claims:
+        assert not claims.take("a")
+        assert wait_for(lambda: claims.take("a"))
+
+
+def test_sweeping_takes_the_claims_of_the_dead_only(tmp_path: Path) -> None:
+    with Claims(tmp_path) as one, Claims(tmp_path) as two:
+        assert one.take("a")
+        foreign(tmp_path, host=socket.gethostname(), pid=2**22 + 1)  # beyond the largest process id
+        two.sweep()
+        assert [path.name for path in tmp_path.glob("*.claim")] == ["a.claim"]

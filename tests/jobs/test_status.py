@@ -1,0 +1,89 @@
+"""How runs stand, from files alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import status
+from ldm_scale.jobs.status import RunStatus, duration, find_runs
+
+BEGAN = 1_000_000.0
+
+
+def a_run(
+    path: Path, *, state: str = "running", reason: str = "", at: float = BEGAN, restarted: bool = False
+) -> RunDir:
+    """Four processes for half an hour to image 200 of 1000; then, if restarted, two more for an hour to image 400."""
+    run_dir = RunDir(path)
+    storage.write_json(run_dir.config, {"total_images": 1000})
+    storage.write_json(run_dir.status, {"state": state, "reason": reason, "images": 0, "host": "node7", "time": at})
+    events: list[dict[str, Any]] = [{"time": BEGAN, "images_seen": 0, "event": "start", "world": 4}]
+    metrics: list[dict[str, Any]] = [
+        {"images_seen": 100, "time": BEGAN + 900, "train/loss": 0.5, "perf/images_per_s": 2.0},
+        {"images_seen": 200, "time": BEGAN + 1800, "train/loss": 0.25, "perf/images_per_s": 2.0},
+    ]
+    if restarted:
+        events.append({"time": BEGAN + 7200, "images_seen": 200, "event": "resume", "world": 2})
+        metrics.append({"images_seen": 400, "time": BEGAN + 10800, "train/loss": 0.125, "perf/images_per_s": 1.0})
+    for file, lines in ((run_dir.events, events), (run_dir.metrics, metrics)):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run_dir
+
+
+def test_a_running_run(tmp_path: Path) -> None:
+    found = RunStatus.read(a_run(tmp_path), now=BEGAN + 1830)
+    assert (found.state, found.images, found.loss, found.images_per_s) == ("running", 200, 0.25, 2.0)
+    assert found.eta_s == 800 / 2.0
+    assert found.heartbeat_age_s == 30
+    assert found.gpu_hours == pytest.approx(4 * 0.5)
+    assert (found.gpus, found.restarts, found.host) == (4, 0, "node7")
+
+
+def test_gpu_hours_leave_out_the_time_between_launches(tmp_path: Path) -> None:
+    found = RunStatus.read(a_run(tmp_path, restarted=True), now=BEGAN + 10_900)
+    assert found.gpu_hours == pytest.approx(4 * 0.5 + 2 * 1)
+    assert (found.gpus, found.restarts, found.eta_s) == (2, 1, 600)
+
+
+@pytest.mark.parametrize("age, state", [(899, "running"), (901, "stale")])
+def test_a_run_that_says_nothing_for_long_is_stale(tmp_path: Path, age: float, state: str) -> None:
+    found = RunStatus.read(a_run(tmp_path), now=BEGAN + 1800 + age)
+    assert found.state == state
+    assert (found.eta_s is None) == (state == "stale")
+
+
+def test_a_finished_run_is_never_stale_and_a_failed_one_says_why(tmp_path: Path) -> None:
+    assert RunStatus.read(a_run(tmp_path / "a", state="finished"), now=BEGAN + 1e6).state == "finished"
+    failed = RunStatus.read(a_run(tmp_path / "b", state="failed", reason="OSError: disk full"), now=BEGAN + 1e6)
+    assert (failed.state, failed.reason, failed.eta_s) == ("failed", "OSError: disk full", None)
+
+
+def test_a_status_written_after_the_last_number_is_a_sign_of_life(tmp_path: Path) -> None:
+    assert RunStatus.read(a_run(tmp_path, at=BEGAN + 5000), now=BEGAN + 5001).heartbeat_age_s == 1
+
+
+def test_runs_are_found_in_folders_of_runs(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / "runs" / "txt2img" / name) for name in ("a", "b")]
+    assert find_runs([tmp_path / "runs"]) == find_runs([tmp_path / "runs" / "txt2img"]) == runs
+    assert find_runs([runs[1].path]) == [runs[1]]
+    with pytest.raises(FileNotFoundError, match="no run"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_the_command_prints_a_line_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path / "a")
+    assert status.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "stale" in said and "20.0" in said and "0.2500" in said
+    assert status.main(["--json", "--stale", "1e12", str(tmp_path)]) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert (one["state"], one["images"], one["total_images"]) == ("running", 200, 1000)
+    assert status.main([str(tmp_path / "a" / "nothing")]) == 2
+
+
+def test_durations_in_words() -> None:
+    assert [duration(s) for s in (42, 1020, 12_240, 1_036_800)] == ["42 s", "17 min", "3.4 h", "12.0 d"]

@@ -1,0 +1,60 @@
+"""What a watchdog is for, on purpose.
+
+usage  watched.py OUT sleep|lost|patient RANK     that rank sleeps for ever, is killed, or has a long phase
+
+OUT/{rank}.txt says why a process ended, where it ended by itself.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ldm_scale.core import runtime
+from ldm_scale.training.watchdog import Watchdog
+
+MINUTES = 0.03
+
+
+def snore() -> None:
+    time.sleep(1000)
+
+
+def step(number: int, what: str, chosen: bool, watchdog: Watchdog) -> None:
+    if number == 20 and chosen:
+        if what == "sleep":
+            snore()
+        if what == "lost":
+            os.kill(os.getpid(), signal.SIGKILL)
+        with watchdog.phase("long"):
+            time.sleep(2 * 60 * MINUTES)
+    if dist.is_initialized():
+        dist.all_reduce(torch.ones(1))
+    time.sleep(0.01)
+
+
+def main() -> None:
+    out, what, chosen = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    if runtime.world() > 1:
+        dist.init_process_group("gloo")
+    rank = runtime.rank()
+    said = out / f"{rank}.txt"
+    limit = MINUTES if runtime.world() == 1 or rank == chosen else 10.0  # who waits has no reason of its own to end
+    watchdog = Watchdog(out / "stacks", minutes=limit, phase_minutes=10, on_end=(out / "why.txt").write_text)
+    try:
+        for number in range(40):
+            step(number, what, rank == chosen, watchdog)
+            watchdog.beat()
+        watchdog.close()
+        said.write_text("done")
+    except Exception as error:
+        said.write_text(f"{type(error).__name__}: {error}\n{watchdog.explained(error)}")
+        raise
+    runtime.leave()
+
+
+main()
