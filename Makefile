@@ -30,7 +30,7 @@ OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.vali
 OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help setup img2dataset demo demo-openmoji test test-fast lint types bench model-table toy plan \
+.PHONY: help setup img2dataset demo demo-openmoji test test-fast test-faults lint types bench model-table toy plan \
 	precompute-latents train status sample evaluate report clean
 
 help: ## This list
@@ -73,6 +73,9 @@ test: setup $(IMG2DATASET) ## Every test
 
 test-fast: setup ## The inner loop: no slow tests, under 2 minutes
 	pytest -n 2 --dist loadfile -m 'not slow'
+
+test-faults: setup ## Long runs of kills, full disks and changing worlds
+	pytest -m faults
 
 lint: setup ## ruff, import-linter (the floors), codespell
 	ruff check .

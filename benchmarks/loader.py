@@ -58,21 +58,21 @@ def plain_webdataset(folder: Path, batch: int) -> None:
         torch.from_numpy(np.stack(moments) if isinstance(moments, list) else moments)
 
 
-def ours(cache: LatentCache, order: Order, batch: int) -> None:
-    """One epoch through the loader: order, checksums, prefetch thread, reused buffers."""
+def delivered(cache: LatentCache, ids: np.ndarray, batch: int) -> None:
+    """Batches of torch tensors, samples in the order of `ids`: checksums, keys and captions, one reused buffer."""
+    source = LatentSource(cache, Order(n=cache.n, seed=0))
+    out = source.buffer(batch, pinned=False)
+    for begin in range(0, len(ids) - batch + 1, batch):
+        some = ids[begin : begin + batch]
+        source.read(some, ids=some, out=out)
+
+
+def loaded(cache: LatentCache, order: Order, batch: int) -> None:
+    """One epoch as a training has it: the order too, and a thread that reads ahead into a ring of buffers."""
     with Loader(LatentSource(cache, order), global_batch=batch, micro_batch=batch) as loader:
         batches = loader.batches(0)
         for _ in range(cache.n // batch):
             next(batches)
-
-
-def in_order(cache: LatentCache, batch: int) -> None:
-    """The same, sample after sample as they lie."""
-    positions = np.arange(cache.n // batch * batch).reshape(-1, batch)
-    source = LatentSource(cache, Order(n=cache.n, seed=0))
-    out = source.buffer(batch, pinned=False)
-    for ids in positions:
-        source.read(ids, ids=ids, out=out)
 
 
 def wait_share(cache: LatentCache, order: Order, batch: int) -> float:
@@ -87,13 +87,6 @@ def wait_share(cache: LatentCache, order: Order, batch: int) -> float:
             while time.perf_counter() < began + step * batch / BUSY_RATE:
                 left @ right
         return (loader.wait_s - waited) / (time.perf_counter() - began)
-
-
-def ours_bare(cache: LatentCache, ids: np.ndarray, batch: int) -> None:
-    """The same without the thread: the reader alone."""
-    out = np.empty((batch, *SHAPE), np.float16)
-    for begin in range(0, len(ids) - batch + 1, batch):
-        cache.read(ids[begin : begin + batch], out)
 
 
 def rates_of(samples: int, rows: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -121,16 +114,15 @@ def main() -> None:
     rows = {
         "cat": lambda: cat(options.folder),
         "plain webdataset": lambda: plain_webdataset(options.folder, options.batch),
-        "ours, reader, in order": lambda: ours_bare(cache, np.arange(cache.n), options.batch),
-        "ours, reader, shuffled": lambda: ours_bare(cache, order(np.arange(cache.n)), options.batch),
-        "ours, source, in order": lambda: in_order(cache, options.batch),
-        "ours, loader, shuffled": lambda: ours(cache, order, options.batch),
+        "ours, in order": lambda: delivered(cache, np.arange(cache.n), options.batch),
+        "ours, shuffled": lambda: delivered(cache, order(np.arange(cache.n)), options.batch),
+        "ours, shuffled, by a thread": lambda: loaded(cache, order, options.batch),
     }
     rates = rates_of(cache.n, rows)
     print(f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}, {cache.n} samples of 16 KiB")
     for name, value in rates.items():
         relative = value / rates["plain webdataset"]
-        print(f"{name:24s} {value:10,.0f}/s   {value / rates['cat']:6.3f} of cat   {relative:6.1f} x webdataset")
+        print(f"{name:28s}{value:10,.0f}/s   {value / rates['cat']:6.3f} of cat   {relative:6.1f} x webdataset")
     share = wait_share(cache, order, options.batch)
     print(f"beside a busy training at {BUSY_RATE:,} samples/s: {share:.2%} of the step is data wait")
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from data_tools.command_line import precompute_command
 from ldm_scale.core import rng, storage
 from ldm_scale.data.shards import ShardWriter
 
@@ -265,4 +266,4 @@ def summary(out: Path, counts: Counts) -> list[str]:
 
 def next_steps(out: Path) -> list[str]:
     """The command that uses a finished dataset."""
-    return [f"next: python precompute_latents.py +experiment=NAME data.images={out / 'train'}"]
+    return [f"next: {precompute_command(str(out / 'train'))}"]

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 import xxhash
 
-from data_tools.command_line import run_tool, say
+from data_tools.command_line import precompute_command, run_tool, say
 from data_tools.metadata import open_shards, require_known_shards, sample_metadata, selected_ids
 from ldm_scale.core import progress, storage
 from ldm_scale.data.index import IMAGE_FIELDS
@@ -36,7 +36,7 @@ _LARGEST = 20  # groups shown in the report
 _EXAMPLES = """\
 examples:
   python -m data_tools.dedup data/photos unique.parquet
-      equal bytes -> unique.parquet, for data.selection=unique.parquet; reads the indexes, and the candidates' bytes
+      equal bytes -> unique.parquet, for data.selection=[unique.parquet]; reads the indexes, and the candidates' bytes
   python -m data_tools.dedup data/laion unique.parquet --by bytes,url_text
       equal bytes, or equal URL and text
   python -m data_tools.dedup data/laion unique.parquet --selection large.parquet
@@ -242,7 +242,7 @@ def _work(arguments: argparse.Namespace) -> int:
         f"result: {out}",
         f"groups: {groups_file(out)}",
         f"report: {report_file}",
-        f"next: python precompute_latents.py +experiment=NAME data.images={arguments.source} data.selection={out}",
+        f"next: {precompute_command(arguments.source, selection=str(out), index_dir=arguments.index_dir)}",
     )
     return 0
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_tools.command_line import run_tool, say
+from data_tools.command_line import precompute_command, run_tool, say
 from data_tools.metadata import (
     ALIASES,
     columns_for,
@@ -44,7 +44,7 @@ _ROWS = 1 << 16
 _EXAMPLES = f"""\
 examples:
   python -m data_tools.filter data/laion selection.parquet --min-side 256 --max-aspect 2 --max-pwatermark 0.8
-      shards -> selection.parquet, for data.selection=selection.parquet
+      shards -> selection.parquet, for data.selection=[selection.parquet]
   python -m data_tools.filter data/laion art.parquet --min-aesthetic 6 --max-punsafe 0.5 --drop-missing
       samples of which a value is missing go, too
   python -m data_tools.filter 'laion/part-*.parquet' filtered --min-side 512 --licence known --removal-list removed.txt
@@ -337,7 +337,7 @@ def _summary(report: dict[str, Any], out: Path, report_file: Path) -> list[str]:
     next_step = (
         f"python -m data_tools.download {out} data/images"
         if "digest" not in report
-        else f"python precompute_latents.py +experiment=NAME data.images={report['how']['source']} data.selection={out}"
+        else precompute_command(report["how"]["source"], selection=str(out))
     )
     return [*lines, f"result: {out}", f"report: {report_file}", f"next: {next_step}"]
 

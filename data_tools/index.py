@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.command_line import run_tool, say
+from data_tools.command_line import precompute_command, run_tool, say
 from ldm_scale.core import progress, storage
 from ldm_scale.data.shards import ShardSet, ShardSummary, Sidecars, tar_sizes
 from ldm_scale.data.tar import BLOCK, Damage, Fault, split_name, walk
@@ -186,8 +186,7 @@ def summary_of(report: dict[str, Any], index_dir: str | None) -> list[str]:
     if damaged:
         lines.append(f"{len(damaged)} damaged shards: fetch or write them again, then run this again")
         lines += [f"  {name}: {', '.join(reasons)}" for name, reasons in list(damaged.items())[:_SHOWN]]
-    where = f" data.index_dir={index_dir}" if index_dir else ""
-    return [*lines, f"next: python precompute_latents.py +experiment=NAME data.images={report['source']}{where}"]
+    return [*lines, f"next: {precompute_command(report['source'], index_dir=index_dir)}"]
 
 
 def _work(arguments: argparse.Namespace) -> int:

@@ -47,6 +47,7 @@ examples:
       only what data_tools.filter kept; white borders looked for in 20000 images
   python -m data_tools.stats runs/latents latents.html --images data/laion
       a latent cache: mean and spread of each channel, and latents in false colour beside their images
+      (python -m ldm_scale.jobs.decoded decodes them)
 
 The page is one file. The JSON report lies beside it (laion.json) unless --report says where. Memory: 50 bytes a sample.
 Exit code: 1 where a sampled image or latent cannot be read, 2 for a mistake in the arguments.

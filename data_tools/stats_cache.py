@@ -1,6 +1,6 @@
 """What a latent cache looks like: each channel's mean and spread, and latents in false colour beside their images.
 
-Decoded latents would need the first stage, which tools do not know.
+Decoded latents need the first stage, which tools do not know: `python -m ldm_scale.jobs.decoded` shows them.
 
 Shape letters: B sampled latents, M channels of the moments, C channels of the latent, H W its
 height and width.

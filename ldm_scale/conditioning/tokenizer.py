@@ -5,7 +5,10 @@ v1 the byte pairs of CLIP. Knows nothing of networks.
 """
 
 import os
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -67,7 +70,7 @@ def load_clip_tokenizer(model: str, max_length: int) -> CaptionTokenizer:
     """
     from transformers import CLIPTokenizer  # seconds to import, and most runs do without
 
-    theirs = CLIPTokenizer.from_pretrained(model)
+    theirs = CLIPTokenizer.from_pretrained(model, local_files_only=hub_is_away())
     # A copy: transformers sets truncation and padding on its own object at every call, and threads share ours.
     return CaptionTokenizer(
         Tokenizer.from_str(theirs.backend_tokenizer.to_str()), max_length, pad=str(theirs.pad_token)
@@ -101,11 +104,24 @@ def _from_hub(name: str) -> Tokenizer:
     from transformers import AutoTokenizer  # seconds to import, and most runs have a file
 
     try:
-        return AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(name, use_fast=True, local_files_only=hub_is_away()).backend_tokenizer
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"conditioning.tokenizer={name!r} is no file here and the Hugging Face hub did not give it; {_REMEDY}"
         ) from error
+
+
+def hub_is_away() -> bool:
+    """Whether the name of the Hugging Face hub leads nowhere from here; its library would try for a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():  # which may know the name
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def train_wordpiece(captions: list[str], vocab_size: int, path: str | Path) -> None:

@@ -36,11 +36,11 @@ class Bar:
 class _Lines(Bar):
     def _show(self, note: str) -> None:
         now = time.monotonic()
-        if now - self._spoke < _SECONDS_BETWEEN_LINES and self.done < self.total:
+        if now - self._spoke < _SECONDS_BETWEEN_LINES and self.done != self.total:  # a total may be an estimate
             return
         self._spoke = now
         rate = (self.done - self._first) / max(now - self._started, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
+        left = max(self.total - self.done, 0) / rate if rate else 0.0
         text = f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s, {left:,.0f} s left  {note}"
         print(text.rstrip(), file=sys.stderr, flush=True)
 

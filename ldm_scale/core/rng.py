@@ -26,13 +26,17 @@ def stream_key(seed: int, purpose: str) -> int:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift; torch's own is arithmetic."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
+    """The hash of each word, in its place."""
+    x ^= _shift(x, 30)
+    x *= _MIX_1
+    x ^= _shift(x, 27)
+    x *= _MIX_2
+    x ^= _shift(x, 31)
+    return x
 
 
 def _bits(seed: int, purpose: str, positions_B: Tensor, count: int) -> Tensor:
@@ -59,9 +63,9 @@ def normal(seed: int, purpose: str, positions_B: Tensor, shape: tuple[int, ...] 
     """Standard normal numbers, float32, shape (B, *shape); Box & Muller 1958, both of each pair used."""
     count = math.prod(shape)
     words = _bits(seed, purpose, positions_B, (count + 1) // 2)
-    radius = ((_shift(words, 40) + 1).to(torch.float32) * 2.0**-24).log().mul(-2).sqrt()
-    angle = (words & 0xFFFFFF).to(torch.float32) * (2 * math.pi * 2.0**-24)
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
+    radius = _shift(words, 40).add_(1).to(torch.float32).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = words.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-24)
+    pairs = torch.stack((radius * angle.cos(), radius.mul_(angle.sin_())), dim=-1).flatten(1)
     return pairs[:, :count].reshape(len(positions_B), *shape)
 
 

@@ -101,8 +101,12 @@ def configure_logging() -> None:
     )
 
 
+class Preempted(Exception):
+    """Some rank was told to stop; raised on all ranks, at the same place."""
+
+
 class Preemption:
-    """Remembers SIGTERM or SIGUSR1 until the loop asks; `agreed` is a collective call."""
+    """Remembers SIGTERM or SIGUSR1 until it is asked; `agreed` and `between` are collective calls."""
 
     def __init__(self) -> None:
         self.received = False
@@ -115,3 +119,11 @@ class Preemption:
     def agreed(self) -> bool:
         """True on all ranks once one of them was told to stop."""
         return any_rank(self.received)
+
+    def between(self) -> None:
+        """Ask between two batches of something long.
+
+        raises  Preempted on all ranks once one of them was told to stop
+        """
+        if self.agreed():
+            raise Preempted

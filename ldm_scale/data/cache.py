@@ -519,7 +519,8 @@ class LatentCache:
         returns     `out`, B captions, B keys
         raises      CorruptSample where there is no substitute
         """
-        self.announce(sample_ids)
+        if self._shards.is_remote:
+            self.announce(sample_ids)
         count = len(sample_ids)
         if out is None:
             out = np.empty((count, *self.shape), np.float16)
@@ -576,26 +577,31 @@ class _Batch:
         raises  CorruptSample for the sample that is then first of both lists
         """
         index, content, out, size = shard.index, shard.content, self.out, self.size
-        unpack, records, step, keys = index.layout.unpack_from, index.record_bytes, index.layout.size, index.key_bytes
-        fields = len(index.header.fields)
-        npy, flipped, txt = index.column["npy"], index.column.get(MIRRORED, -1), index.column["txt"]
+        records, keys, removed, whole = index.record_bytes, index.key_bytes, shard.removed_rows, NPY_HEADER_BYTES + size
+        plain, step = index.unpacker("npy", "txt").unpack_from, index.record_size
+        flipped = index.unpacker("txt", MIRRORED).unpack_from if MIRRORED in index.column else plain
+        captions, names, mirrored, places = self.captions, self.keys, self.mirrored, self.rows
         done = 0
         try:
             for row, slot in zip(rows, slots, strict=True):
-                shard.require_kept(row)
-                record, field = unpack(records, row * step), flipped if self.mirrored[slot] else npy
-                begin, length = record[field], record[2 * fields + field]
-                if length != NPY_HEADER_BYTES + size:
+                if row in removed:
+                    shard.require_kept(row)
+                if mirrored[slot]:
+                    text, begin, text_xxh3, xxh3, text_length, length, key, key_length = flipped(records, row * step)
+                else:
+                    begin, text, xxh3, text_xxh3, length, text_length, key, key_length = plain(records, row * step)
+                if length != whole:
                     raise CorruptSample(index.key(row), "wrong_size_npy", shard.url)
-                data, at = content[begin : begin + length], self.rows[slot] * size
+                data, at = content[begin : begin + whole], places[slot] * size
                 out[at : at + size] = data[NPY_HEADER_BYTES:]
-                if xxh3_64_intdigest(data) != record[fields + field]:
-                    raise CorruptSample(index.key(row), f"checksum_{index.header.fields[field]}", shard.url)
-                text = content[record[txt] : record[txt] + record[2 * fields + txt]]
-                if xxh3_64_intdigest(text) != record[fields + txt]:
+                if xxh3_64_intdigest(data) != xxh3:
+                    field = MIRRORED if mirrored[slot] else "npy"
+                    raise CorruptSample(index.key(row), f"checksum_{field}", shard.url)
+                caption = content[text : text + text_length]
+                if xxh3_64_intdigest(caption) != text_xxh3:
                     raise CorruptSample(index.key(row), "checksum_txt", shard.url)
-                begin, length = record[-2:]
-                self.captions[slot], self.keys[slot] = str(text, "utf8"), str(keys[begin : begin + length], "utf8")
+                captions[slot] = str(caption, "utf8")
+                names[slot] = str(keys[key : key + key_length], "utf8")
                 done += 1
         finally:
             del rows[:done], slots[:done]

@@ -48,7 +48,7 @@ class CaptionsConfig:
         if (self.file is None) != (not self.columns):
             raise ValueError(
                 f"captions.file={self.file} with captions.columns={self.columns}: give both, a file and its columns "
-                "with their weights, such as {blip: 0.7, txt: 0.3}, or neither"
+                "with their weights, such as +data.captions.columns={blip: 0.7, txt: 0.3}, or neither"
             )
         for name, weight in self.columns.items():
             if not 0 < weight < float("inf"):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -76,18 +77,22 @@ class ShardIndex:
     lengths  (N, F) uint32 bytes
     xxh3     (N, F) uint64 xxh3 of the content
 
-    For one row at a time, plain numbers are quicker: `layout` unpacks from `record_bytes`, at row * layout.size, the F
-    offsets, the F hashes, the F lengths, then begin and length of the key in `key_bytes`.
+    For one row at a time, plain numbers are quicker: see `unpacker`.
     """
 
     def __init__(self, header: IndexHeader, records: np.ndarray, keys: memoryview) -> None:
         self.header, self._records, self.key_bytes = header, records, keys
-        fields = len(header.fields)
-        self.layout, self.record_bytes = struct.Struct(f"<{fields}Q{fields}Q{fields}III"), records.view(np.uint8).data
+        self.record_bytes, self.record_size = records.view(np.uint8).data, records.dtype.itemsize
         self.column = {name: i for i, name in enumerate(header.fields)}
         self.offsets: np.ndarray = records["offset"]
         self.lengths: np.ndarray = records["length"]
         self.xxh3: np.ndarray = records["xxh3"]
+
+    def unpacker(self, *fields: str) -> struct.Struct:
+        """Unpacks from `record_bytes`, at row * record_size, of these fields alone, in the order of the index: their
+        offsets, their hashes, their lengths, then begin and length of the key in `key_bytes`.
+        """
+        return _unpacker(self.header.fields, fields)
 
     def key(self, row: int) -> str:
         start, length = int(self._records["key_start"][row]), int(self._records["key_length"][row])
@@ -149,6 +154,13 @@ class ShardIndex:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ValueError(f"{path} is empty; delete it to have it rebuilt")
             return cls.from_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), str(path))
+
+
+@cache
+def _unpacker(fields: tuple[str, ...], wanted: tuple[str, ...]) -> struct.Struct:
+    """Skips in a record what is not wanted."""
+    layout = "".join(code if field in wanted else f"{struct.calcsize(code)}x" for code in "QQI" for field in fields)
+    return struct.Struct(f"<{layout}II")
 
 
 def index_shard(url: str, index_path: str | Path, cache: TarCache | None = None) -> ShardIndex:

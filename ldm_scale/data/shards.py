@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ _DESCRIPTORS_LEFT_TO_OTHERS = 256
 _STAT_THREADS = 16
 _TOUCHERS = 8
 _TOUCHED_TOGETHER = 256  # samples that one of them asks for
+_PROBE, _IN_MEMORY_S = 32, 5e-4  # so many samples are touched in this time where hardly one must come from a disk
 
 Progress = Callable[[int, int], None]
 
@@ -234,7 +236,7 @@ class ShardSet:
         self.counts = self._whole if selected is None else np.diff(selected.starts)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.n = int(self.starts[-1])
-        self._is_remote = any(map(storage.is_remote, self.urls))
+        self.is_remote = any(map(storage.is_remote, self.urls))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._limit = open_shard_limit()
@@ -364,17 +366,21 @@ class ShardSet:
 
         raises  CorruptSample where the bytes are not the indexed ones, RemovedSample for a removed sample
         """
-        if self._is_remote:
+        if self.is_remote:
             self.announce(sample_ids)
         return [shard.members(row, fields) for shard, row in self._places(sample_ids)]
 
     def announce(self, sample_ids: np.ndarray) -> None:
         """Say that these samples will be read soon: they then come into memory side by side. Returns before they do."""
-        if self._is_remote:
+        if self.is_remote:
             for shard, row in self._places(sample_ids):
                 shard.announce(row)
             return
-        for begin in range(0, len(sample_ids), _TOUCHED_TOGETHER):
+        began = time.perf_counter()
+        self._touch(sample_ids[:_PROBE])
+        if time.perf_counter() - began < _IN_MEMORY_S:
+            return  # so, most likely, is the rest; threads that find nothing to do would only hold Python's lock
+        for begin in range(_PROBE, len(sample_ids), _TOUCHED_TOGETHER):
             self._touchers.submit(self._touch, sample_ids[begin : begin + _TOUCHED_TOGETHER])
 
     def _touch(self, sample_ids: np.ndarray) -> None:
@@ -447,20 +453,21 @@ class OpenShard:
 
     def __init__(self, url: str, index: ShardIndex, rows: np.ndarray | None) -> None:
         self.url, self.index, self._rows = url, index, rows
-        self._removed: frozenset[int] = frozenset()
+        self.removed_rows: frozenset[int] = frozenset()
+        """Index rows that `require_kept` refuses."""
 
     def remove(self, keys: frozenset[str]) -> None:
         """Refuse to read the samples of these keys from now on; keys of no sample are ignored."""
         if keys:
             rows = pc.index_in(pa.array(sorted(keys), pa.large_string()), value_set=self.index.key_array())
-            self._removed = frozenset(rows.drop_null().to_pylist())
+            self.removed_rows = frozenset(rows.drop_null().to_pylist())
 
     def require_kept(self, row: int) -> None:
         """Refuse a removed sample.
 
         raises  RemovedSample
         """
-        if row in self._removed:
+        if row in self.removed_rows:
             raise RemovedSample(self.index.key(row), self.url)
 
     def row(self, place: int) -> int:

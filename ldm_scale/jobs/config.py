@@ -237,6 +237,7 @@ class TrainJob(Experiment):
 
     def __post_init__(self) -> None:
         Experiment.__post_init__(self)
+        self.optimizer.learning_rate_at(0, self.total_images)  # refuses a schedule that the run is too short for
         if self.trains_first_stage and type(self.first_stage) in _UNTRAINED_FIRST_STAGES:
             raise ValueError(
                 f"first_stage={_kind_of(self.first_stage)} cannot be trained: "
@@ -650,6 +651,8 @@ def _explain_key(error: OmegaConfBaseException) -> str:
 
 
 def _unknown_key(full_key: str, known: Sequence[str]) -> str:
+    if not known:  # names of the user's own go here, and Hydra adds none without being told to
+        return f"unknown key {full_key}. To add names: +{full_key.rpartition('.')[0]}={{NAME: ...}}, with a plus"
     close = difflib.get_close_matches(full_key.rpartition(".")[2], known, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     return f"unknown key {full_key}{hint} Known here: {', '.join(sorted(known))}"

@@ -160,8 +160,8 @@ class Pipeline:
         return self.folder / self.tars.names[tar]
 
     def finished(self, tar: int) -> ShardRecord | None:
-        """The record of a shard that needs no more work; None too where nothing is known of its source."""
-        if not self.target(tar).exists():
+        """The record of a shard that needs no more work; None too where its source is unknown or may be edited."""
+        if not self.target(tar).exists() or self._may_be_edited(tar):
             return None
         summary = self.tars.summary(tar)
         return None if summary is None else self._finished(tar, summary.sha256)
@@ -179,6 +179,14 @@ class Pipeline:
 
     def _finished(self, tar: int, source_sha256: str) -> ShardRecord | None:
         return finished_shard(self.target(tar), self.identity.fingerprint, source_sha256)
+
+    def _may_be_edited(self, tar: int) -> bool:
+        """Whether a source was written after it was encoded: other bytes of the same size, or the same copied anew."""
+        try:
+            encoded_ns = done_record(self.target(tar)).stat().st_mtime_ns
+        except FileNotFoundError:  # not encoded yet, or just now being replaced
+            return False
+        return self.tars.is_newer(tar, encoded_ns)
 
     def _claimed(self, tars: Iterable[int], stages: "_Stages") -> Iterator[int]:
         """Claim one tar after another; those in other hands are looked at again until they are done or given up."""
@@ -201,8 +209,11 @@ class Pipeline:
     def _held(self, tars: Iterable[int], stages: "_Stages") -> Iterator[_Shard]:
         """Tars in memory, without those that turn out to be done: there was no index to tell by, or it was just now."""
         for tar in self._claimed(tars, stages):
-            images = self.tars.hold(tar)
+            may_be_edited = self._may_be_edited(tar)
+            images = self.tars.hold(tar, index_again=may_be_edited)
             if self._finished(tar, images.summaries[0].sha256) is not None:
+                if may_be_edited:  # it was not: the record is from now on newer
+                    os.utime(done_record(self.target(tar)))
                 self._claims.release(self.tars.names[tar])
                 continue
             ids = self.tars.chosen(images)

@@ -7,7 +7,11 @@ what the frameworks hold beside it, was read in deepspeed 0.19.8 and torch 2.15:
 - Autocast keeps a bfloat16 copy of every float32 weight from the forward to the backward pass.
 - ZeRO 1 in bfloat16 holds all gradients in float32 on every rank, and flattens up to 5e8 of them to reduce them, when
   the activations are gone.
+- ZeRO 2 collects gradients in a bucket, and flattens a copy of it to reduce them; ZeRO 2 and 3 flatten a copy of their
+  share of the gradients to step.
 - ZeRO 3 keeps up to 1e9 gathered weights alive.
+
+`benchmarks/memory.py` measures processes beside this.
 
 Shape letters: B batch, C channels, H W height and width.
 """
@@ -90,7 +94,7 @@ def footprint(
         buffers=_buffers(kind, precision, parameters),
         frozen=frozen,
         activations=activations,
-        transient=4 * min(parameters, _FLATTENED) if stage == 1 and precision is Precision.bf16 else 0,
+        transient=_transient(kind, precision, parameters, share),
     )
 
 
@@ -109,6 +113,19 @@ def _buffers(kind: EngineKind, precision: Precision, parameters: int) -> int:
             return bucket
         case EngineKind.zero3:
             return 2 * bucket + dtypes.parameter.itemsize * min(parameters, _LIVE)
+
+
+def _transient(kind: EngineKind, precision: Precision, parameters: int, share: int) -> int:
+    size = DTYPES[kind, precision].reduction.itemsize
+    match kind:
+        case EngineKind.zero1:
+            return size * min(parameters, _FLATTENED) if precision is Precision.bf16 else 0
+        case EngineKind.zero2:
+            return size * max(share, min(parameters, _BUCKET))
+        case EngineKind.zero3:
+            return size * share
+        case _:
+            return 0
 
 
 def checkpointing_everything(job: Job) -> Job:

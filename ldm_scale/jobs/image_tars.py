@@ -81,9 +81,14 @@ class ImageTars:
         names = [self.names[tar] for tar in tars]
         return min([counted, *(sum(one.counts.get(name, 0) for name in names) for one in self.selections)])
 
-    def hold(self, tar: int) -> ShardSet:
+    def is_newer(self, tar: int, than_ns: int) -> bool:
+        """Whether a local tar was written after a time in nanoseconds; what is remote has no date to rely on."""
+        return not storage.is_remote(self.urls[tar]) and os.stat(self.urls[tar]).st_mtime_ns > than_ns
+
+    def hold(self, tar: int, *, index_again: bool = False) -> ShardSet:
         """Read a tar into memory and open it there; where it has no index, that is made of the same bytes and kept.
 
+        index_again  take no index's word for what is in it
         raises  ValueError where other bytes arrive than the file system promised
         """
         url, size = self.urls[tar], self.sizes[tar]
@@ -97,7 +102,8 @@ class ImageTars:
             if (got := os.fstat(memory.fileno()).st_size) != size:
                 raise ValueError(f"{url} gave {got} of {size} bytes: it is being written, or cut; run again")
             path = f"/proc/self/fd/{memory.fileno()}"
-            index = self._sidecars.read(url, size) or self._index(url, path)
+            index = None if index_again else self._sidecars.read(url, size)
+            index = index or self._index(url, path)
             self._known[self.names[tar]] = summary = ShardSummary.of(self.names[tar], index)
             held = ShardSet(
                 [path], [summary], _Known(index_dir=None, index=index), self._require, removed=self._removed

@@ -34,7 +34,7 @@ from ldm_scale.jobs.model_table import conditioner_inputs, parameters
 from ldm_scale.jobs.precompute import moments_of
 from ldm_scale.jobs.preflight import Check
 from ldm_scale.jobs.speed import Machine, Step, Work
-from ldm_scale.training.batch_fit import BatchFit, FittedBatch, fit_batch
+from ldm_scale.training.batch_fit import BatchFit, fit_batch
 from ldm_scale.training.engine import EngineKind
 from ldm_scale.training.throughput import training_flops
 from ldm_scale.training.validation import BUCKETS
@@ -210,6 +210,8 @@ def memory_of(job: jobs_config.TrainJob, machine: Machine, figures: Figures, wor
     for checkpointing, variant in variants.items():
         activations = activation_bytes(variant, job.engine.precision, job.micro_batch)
         for kind in EngineKind:
+            if kind is EngineKind.one_process and kind is not job.engine.kind and world > 1:
+                continue
             held = footprint(
                 kind,
                 job.engine.precision,
@@ -224,19 +226,10 @@ def memory_of(job: jobs_config.TrainJob, machine: Machine, figures: Figures, wor
     return found
 
 
-def best_fit(global_batch: int, micro_batch: int, world: int) -> FittedBatch:
-    """The nearest global batch that `world` GPUs can train on with micro batches of at most the given size."""
-    fits = [
-        fit_batch(global_batch=global_batch, micro_batch=size, world=world, fit=BatchFit.nearest)
-        for size in range(micro_batch, 0, -1)
-    ]
-    return min(fits, key=lambda fitted: abs(fitted.global_batch - global_batch))
-
-
 def _scale(
     job: jobs_config.TrainJob, figures: Figures, work: Work, machine: Machine, world: int, price: float | None
 ) -> Scale:
-    fitted = best_fit(job.global_batch, job.micro_batch, world)
+    fitted = fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=BatchFit.nearest)
     step = speed.step(work, machine, world=world, micro_batch=fitted.micro_batch, accumulation=fitted.accumulation)
     looks = [(figures.evaluation_flops, job.every.evaluate), (figures.showing_flops, job.every.sample)]
     looking = sum(flops / every for flops, every in looks if every) / machine.matmul  # seconds, per image trained on
@@ -288,7 +281,8 @@ def show(found: Plan, console: Console) -> None:
         f"{machine.bus / 1e9:.0f} GB/s, kernels without arithmetic {machine.memory_bandwidth / 1e12:.1f} TB/s: replace "
         "the first two by measured ones\n  (--matmul-tflops, --bus-gbs). Not in it: data, compilation, stragglers, "
         "checkpoints; a first stage's perceptual and adversarial networks.\n"
-        f"  Knee: arithmetic is at least half of the step up to {knee}.\n"
+        f"  Knee: arithmetic is at least half of the step up to {knee}. Batches marked (nearest) ask for "
+        "batch_fit=nearest.\n"
         f"  Checkpoint: {found.checkpoint_bytes / 1e9:,.1f} GB; at most {found.checkpoints} of them on disk.",
         highlight=False,
         soft_wrap=True,
@@ -314,7 +308,8 @@ def _memory_table(found: Plan) -> Table:
 def _scale_table(found: Plan) -> Table:
     table = Table(title="Speed and cost, modelled", title_justify="left", box=box.SIMPLE)
     columns = ("GPUs", "global batch", "micro x accumulated", "images/s", "MFU", "step ms", "arithmetic", "network")
-    for column in (*columns, "update", "evaluation", "GPU hours", "days", "price"):
+    priced = any(scale.price is not None for scale in found.scales)
+    for column in (*columns, "update", "evaluation", "GPU hours", "days", *(["price"] if priced else [])):
         table.add_column(column, justify="right")
     for scale in found.scales:
         step = scale.step
@@ -330,7 +325,7 @@ def _scale_table(found: Plan) -> Table:
             f"{scale.evaluation_share:.1%}",
             f"{scale.gpu_hours:,.0f}",
             f"{scale.gpu_hours / step.world / 24:,.2f}",
-            "-" if scale.price is None else f"{scale.price:,.0f}",
+            *([] if scale.price is None else [f"{scale.price:,.0f}"]),
         )
     return table
 

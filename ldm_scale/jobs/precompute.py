@@ -21,7 +21,14 @@ import torch
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.conditioning.tokenizer import train_wordpiece
 from ldm_scale.core import progress, runtime, storage
-from ldm_scale.data.cache import NPY_HEADER_BYTES, CacheManifest, LatentCache, ShardRecord, finish_cache
+from ldm_scale.data.cache import (
+    NPY_HEADER_BYTES,
+    CacheManifest,
+    LatentCache,
+    ShardRecord,
+    done_record,
+    finish_cache,
+)
 from ldm_scale.data.shards import SIDECARS
 from ldm_scale.data.tar import BLOCK
 from ldm_scale.first_stage.base import FirstStage, FirstStageConfig, MomentsKind
@@ -122,7 +129,7 @@ class Estimate:
         """Judge by the shards that have no latents yet."""
         _, shape = moments_of(job.first_stage, job.data.transform.size)
         wanted = range(len(tars.names))[: job.precompute.limit_shards or None]
-        left = [tar for tar in wanted if not (folder / tars.names[tar]).exists()]
+        left = [tar for tar in wanted if not done_record(folder / tars.names[tar]).exists()]
         images = tars.samples(left)
         content = NPY_HEADER_BYTES + 2 * int(np.prod(shape))
         latent = BLOCK + -(-content // BLOCK) * BLOCK

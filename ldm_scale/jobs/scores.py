@@ -5,10 +5,10 @@ Every rank computes the same, on fixed images with fixed noise, so a score depen
 Shape letters: N images in all, B images at once, C channels, H W height and width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from ldm_scale.evaluation.reconstruction import psnr, ssim
 from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.generate import Generator
+
+Between = Callable[[], None]
+"""Called between batches of something that takes long; what it raises ends the rest."""
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +68,12 @@ class GenerationScores:
         self._features = _features(config, paths)
         self._reference = _moments(self._features, list(held_out.images_NCHW.split(config.batch)))
 
-    def __call__(self, generator: Generator) -> dict[str, float]:
+    def __call__(self, generator: Generator, between: Between = lambda: None) -> dict[str, float]:
         """Generate one image for each of the first `evaluation.images` held-out captions, and score them."""
         captions = [self._held_out.captions[i % len(self._held_out.captions)] for i in range(self._config.images)]
-        batches = [images_BCHW.cpu() for images_BCHW in generator.batches(captions, self._config.batch)]
-        distance = frechet_distance(_moments(self._features, batches), self._reference)
+        drawn = paused(generator.batches(captions, self._config.batch), between)
+        batches = [images_BCHW.cpu() for images_BCHW in drawn]
+        distance = frechet_distance(_moments(self._features, paused(batches, between)), self._reference)
         return {f"eval/{self._features.name}": distance, **self._caption_accuracy(captions, torch.cat(batches))}
 
     def real(self) -> dict[str, float]:
@@ -114,20 +119,28 @@ class ReconstructionScores:
         self._reference = _moments(self._features, [self._images_NCHW])
 
     @torch.no_grad()
-    def __call__(self, first_stage: FirstStage) -> dict[str, float]:
+    def __call__(self, first_stage: FirstStage, between: Between = lambda: None) -> dict[str, float]:
         """PSNR in decibels, SSIM, and the Frechet distance of reconstructions to their originals."""
-        pairs = [(part, reconstruct(first_stage, part)) for part in self._images_NCHW.split(self._config.batch)]
+        parts = paused(self._images_NCHW.split(self._config.batch), between)
+        pairs = [(part, reconstruct(first_stage, part)) for part in parts]
         return {
             "eval/psnr": float(torch.cat([psnr(rebuilt, images) for images, rebuilt in pairs]).mean()),
             "eval/ssim": float(torch.cat([ssim(rebuilt, images) for images, rebuilt in pairs]).mean()),
             f"eval/{self._features.name}": frechet_distance(
-                _moments(self._features, [rebuilt for _, rebuilt in pairs]), self._reference
+                _moments(self._features, paused([rebuilt for _, rebuilt in pairs], between)), self._reference
             ),
         }
 
     def conditions(self) -> dict[str, Any]:
         """What a score depends on besides the weights."""
         return {"n": len(self._images_NCHW), "reference": self._held_out.digest, "features": self._features.digest}
+
+
+def paused(parts: Iterable[Part], between: Between) -> Iterator[Part]:
+    """The same parts, with `between` called after each is made."""
+    for part in parts:
+        between()
+        yield part
 
 
 @torch.no_grad()

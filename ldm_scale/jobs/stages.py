@@ -11,18 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm_scale.core import weights
+from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match
-from ldm_scale.data.config import Origin
+from ldm_scale.data.config import DataConfig, Origin
+from ldm_scale.data.shards import ShardSet
 from ldm_scale.data.sources import ImageBatch, OnBad, SampleSource
 from ldm_scale.first_stage.base import FirstStage, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss, perceptual_network
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.precompute import identity
-from ldm_scale.jobs.scores import GenerationScores, HeldOutImages, ReconstructionScores, reconstruct
+from ldm_scale.jobs.scores import Between, GenerationScores, HeldOutImages, ReconstructionScores, paused, reconstruct
 from ldm_scale.latent_diffusion.generate import Generator
 from ldm_scale.latent_diffusion.model import LatentDiffusion
 from ldm_scale.samplers.base import Frame
@@ -32,6 +33,8 @@ from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
 from ldm_scale.training.validation import HeldOut
+
+log = runtime.logger(__name__)
 
 _PROGRESSIVE_ROWS, _PROGRESSIVE_COLUMNS = 4, 6  # pictures of how a sample came about: captions, moments
 
@@ -49,7 +52,7 @@ class Stage(ABC):
         """What the loop calls for each micro batch."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, between: Between) -> dict[str, float]:
         """Scores of `module` as it is now, on held-out images."""
 
     @abstractmethod
@@ -57,8 +60,8 @@ class Stage(ABC):
         """What these scores depend on besides the weights."""
 
     @abstractmethod
-    def show(self, images_seen: int, tracker: Tracker) -> None:
-        """Pictures of `module` as it is now."""
+    def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
+        """Pictures of `module` as it is now; all of them, or none where `between` raises."""
 
     @abstractmethod
     def baseline(self) -> dict[str, float]:
@@ -95,7 +98,7 @@ class AutoencoderStage(Stage):
 
     def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
         self._job = job
-        shards = job.data.open_images()
+        shards = open_images(job.data)
         self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
         self.source = job.data.image_source(shards, job.seed, on_bad=on_bad)
         self.module: FirstStage = job.first_stage.build()
@@ -107,13 +110,13 @@ class AutoencoderStage(Stage):
         shape = self._job.first_stage.latent_shape(self._job.data.transform.size)
         return AutoencoderStep(engine, loss=self._loss, latent_shape=shape, seed=self._job.seed)
 
-    def evaluate(self) -> dict[str, float]:
-        return self._scores(self.module)
+    def evaluate(self, between: Between) -> dict[str, float]:
+        return self._scores(self.module, between)
 
     def conditions(self) -> dict[str, Any]:
         return self._scores.conditions()
 
-    def show(self, images_seen: int, tracker: Tracker) -> None:
+    def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Originals above their reconstructions."""
         images_BCHW = self._held_out.images_NCHW[: self._job.evaluation.grid // 2]
         pair = to_uint8(torch.cat((images_BCHW, reconstruct(self.module, images_BCHW)))).permute(0, 2, 3, 1).numpy()
@@ -142,7 +145,7 @@ class DiffusionStage(Stage):
         self._job = job
         is_cached = job.data.source is Origin.latents
         caches = job.data.open_latents() if is_cached else {}
-        shards = {} if is_cached else job.data.open_images()
+        shards = {} if is_cached else open_images(job.data)
         loading.first_stage_weights(job.first_stage)
         self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
         self._first_stage = loading.first_stage(job.first_stage).to(device)
@@ -197,24 +200,23 @@ class DiffusionStage(Stage):
             seed=self._job.seed,
         )
 
-    def evaluate(self) -> dict[str, float]:
-        return {**self._validation.loss(self.module), **self._scores(self._generator())}
+    def evaluate(self, between: Between) -> dict[str, float]:
+        return {**self._validation.loss(self.module, between), **self._scores(self._generator(), between)}
 
     def conditions(self) -> dict[str, Any]:
         return self._scores.conditions(self._generator())
 
-    def show(self, images_seen: int, tracker: Tracker) -> None:
+    def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Held-out captions, always the same ones from the same noise; of the first few, also how they came about."""
         captions = self._held_out.captions[: self._job.evaluation.grid]
-        images_BCHW = torch.cat(
-            [part.cpu() for part in self._generator().batches(captions, self._job.evaluation.batch)]
-        )
+        drawn = paused(self._generator().batches(captions, self._job.evaluation.batch), between)
+        images_BCHW = torch.cat([part.cpu() for part in drawn])
         pictures = to_uint8(images_BCHW).permute(0, 2, 3, 1).numpy()
         columns = max(1, round(len(captions) ** 0.5))
         title = f"after {images_seen:,} images"
         grid = labelled_grid(pictures, captions, columns=columns, title=title)
-        tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights")
         rows = self._progressive(captions[:_PROGRESSIVE_ROWS], title)
+        tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights")
         tracker.images(images_seen, "samples/progressive", rows, "what the sampler headed for, early to late")
 
     def _progressive(self, captions: list[str], title: str) -> np.ndarray:
@@ -285,6 +287,18 @@ class DiffusionStage(Stage):
         ]
         inputs = None if conditioner is None else conditioner.prepare(self._held_out.captions).to(device)
         return HeldOut(torch.cat(parts) * self._latent_scale, inputs, self._job.seed, batch)
+
+
+def open_images(data: DataConfig) -> dict[str, ShardSet]:
+    """The image shards, by name of their source. Says what they hold that is not read.
+
+    raises  as `DataConfig.open_images`
+    """
+    opened = data.open_images()
+    for name, shards in opened.items():
+        if reasons := ", ".join(f"{reason} {count:,}" for reason, count in shards.rejected.items()):
+            log.warning("%s: %s samples are read; left out: %s", name, f"{shards.n:,}", reasons)
+    return opened
 
 
 def scale_of_latents(configured: float | None, std: float) -> float:

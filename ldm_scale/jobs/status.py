@@ -24,10 +24,10 @@ from rich.text import Text
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.goodput import LAUNCHES
 
 STALE_S = 900.0
 """Seconds without a sign of life after which a running run counts as stale."""
-_BEGINS = ("start", "resume")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +44,8 @@ class RunStatus:
     """Seconds left at the last logged rate; None where nothing trains or no rate is known."""
     images_per_s: float | None
     loss: float | None
+    goodput: float | None
+    """Share of the time since the first launch that went into steps that were kept, as of the last log line."""
     heartbeat_age_s: float
     """Seconds since the last sign of life."""
     gpus: int
@@ -66,7 +68,7 @@ class RunStatus:
         state = "stale" if running and age > stale_s else str(status["state"])
         images = max([status["images"], *(line["images_seen"] for line in metrics[-1:])])
         rate, total = _last(metrics, "perf/images_per_s"), config["total_images"]
-        launches = [event for event in events if event["event"] in _BEGINS]
+        launches = [event for event in events if event["event"] in LAUNCHES]
         return cls(
             run=str(run_dir.path),
             state=state,
@@ -76,6 +78,7 @@ class RunStatus:
             eta_s=(total - images) / rate if state == "running" and rate else None,
             images_per_s=rate,
             loss=_last(metrics, "train/loss"),
+            goodput=_last(metrics, "perf/goodput"),
             heartbeat_age_s=age,
             gpus=launches[-1]["world"] if launches else 0,
             gpu_hours=_gpu_hours(launches, signs),
@@ -119,7 +122,7 @@ def _gpu_hours(launches: Sequence[dict[str, Any]], signs: Sequence[float]) -> fl
 def show(runs: Sequence[RunStatus]) -> Table:
     """One line a run."""
     table = Table(box=box.SIMPLE)
-    for column in ("run", "state", "images", "%", "ETA", "images/s", "loss", "last sign", "GPU h", "host"):
+    for column in ("run", "state", "images", "%", "ETA", "images/s", "loss", "goodput", "last sign", "GPU h", "host"):
         table.add_column(column, justify="left" if column in ("run", "state", "host") else "right", overflow="fold")
     for run in runs:
         table.add_row(
@@ -130,6 +133,7 @@ def show(runs: Sequence[RunStatus]) -> Table:
             "-" if run.eta_s is None else duration(run.eta_s),
             "-" if run.images_per_s is None else f"{run.images_per_s:,.1f}",
             "-" if run.loss is None else f"{run.loss:.4f}",
+            "-" if run.goodput is None else f"{run.goodput:.1%}",
             duration(run.heartbeat_age_s),
             f"{run.gpu_hours:,.1f}",
             f"{run.host} x{run.gpus}" + (f", {run.restarts} restarts" if run.restarts else ""),

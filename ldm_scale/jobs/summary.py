@@ -64,7 +64,7 @@ def _conditions(config: dict[str, Any], lines: list[dict[str, Any]]) -> str:
 
 
 def _files(run_dir: RunDir, *, trains_first_stage: bool, told: bool) -> str:
-    """Where things are, and what to type next; only a model that is `told` something draws captions."""
+    """Where things are, and what to type next; a model that is `told` nothing draws so many pictures."""
     path = run_dir.path
     lines = [
         f"  report       {run_dir.report}",
@@ -75,8 +75,8 @@ def _files(run_dir: RunDir, *, trains_first_stage: bool, told: bool) -> str:
     if trains_first_stage:
         lines.append(f"  next         precompute_latents.py +experiment=NAME first_stage.checkpoint={path}")
     else:
-        if told:
-            lines.append(f"  sample       python sample.py run_dir={path} 'prompts=[a caption]'")
+        asked = "'prompts=[a caption]'" if told else "count=16"
+        lines.append(f"  sample       python sample.py run_dir={path} {asked}")
         lines.append(f"  score        python evaluate.py run_dir={path}")
     return "\n".join(lines) + "\n" + closing_hint(run_dir) + "\n"
 

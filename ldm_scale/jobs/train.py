@@ -14,6 +14,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
+from ldm_scale.tracking.goodput import Ledger, idle_before
 from ldm_scale.tracking.report import write_report
 from ldm_scale.tracking.tracker import JsonLines, Silent, Tracker
 from ldm_scale.training import checkpoint
@@ -22,6 +23,7 @@ from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, passed_over
 from ldm_scale.training.loop import Clock, Looks, Outcome, Run, fit
+from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter, peak_flops
 from ldm_scale.training.watchdog import Watchdog
 
@@ -33,7 +35,9 @@ def run(job: jobs_config.TrainJob) -> None:
 
     exits  0 finished, 75 preempted, 1 failed; `status.json` in the run directory says the same
     """
+    startup = Startup()
     runtime.configure_logging()
+    preemption = runtime.Preemption()
     run_dir = RunDir(Path(job.run_dir))
     plain = jobs_config.to_plain(job)
     changed = identity.changes(run_dir, plain)
@@ -42,11 +46,18 @@ def run(job: jobs_config.TrainJob) -> None:
         log.info("%s is finished: nothing to train. A new run: name=ANOTHER_NAME", run_dir.path)
         return
     with _status_kept(run_dir):
-        outcome = _train(job, run_dir, plain, changed)
+        outcome = _train(job, run_dir, plain, changed, preemption, startup)
     runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
 
 
-def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], changed: identity.Changes) -> Outcome:
+def _train(
+    job: jobs_config.TrainJob,
+    run_dir: RunDir,
+    plain: dict[str, Any],
+    changed: identity.Changes,
+    preemption: runtime.Preemption,
+    startup: Startup,
+) -> Outcome:
     parent = None if checkpoint.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
     watchdog = Watchdog(
@@ -55,8 +66,9 @@ def _train(job: jobs_config.TrainJob, run_dir: RunDir, plain: dict[str, Any], ch
         phase_minutes=job.guard.phase_minutes,
         on_end=lambda reason: _write_failed(run_dir, reason),
     )
+    startup.mark("process_group")
     try:
-        outcome = _watched(job, run_dir, plain, changed, parent, engine, watchdog)
+        outcome = _watched(job, run_dir, plain, changed, preemption, startup, parent, engine, watchdog)
         watchdog.close()
         return outcome
     except Exception as error:
@@ -70,6 +82,8 @@ def _watched(
     run_dir: RunDir,
     plain: dict[str, Any],
     changed: identity.Changes,
+    preemption: runtime.Preemption,
+    startup: Startup,
     parent: branch.Parent | None,
     engine: Engine,
     watchdog: Watchdog,
@@ -82,8 +96,10 @@ def _watched(
     torch.manual_seed(job.seed)
     kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
     stage: Stage = kind(job, engine.device, on_bad)
+    startup.mark("data_and_model")
     engine.prepare(stage.module, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
+    startup.mark("engine")
     checkpoints, damaged = _checkpoints(job, run_dir, engine, ema, tracker)
     newest = checkpoints.latest()
     state = checkpoints.load(newest) if newest is not None else None
@@ -92,17 +108,25 @@ def _watched(
     elif (parent := parent or branch.parent_of(job)) is not None:  # where there are checkpoints, all are damaged
         parent.require_fits(stage.state())
         state = parent.begin(engine, ema, checkpoints)
-    under_way = _assemble(job, run_dir, engine, stage, ema, checkpoints, tracker, watchdog, state)
+    startup.mark("checkpoint")
+    under_way = _assemble(job, run_dir, engine, stage, ema, checkpoints, tracker, preemption, startup, watchdog, state)
+    idle_s = idle_before(run_dir, startup.launched) if runtime.is_main() else 0.0
     if runtime.is_main():
         storage.write_json(run_dir.config, plain)
         run_dir.write_status("running", images=under_way.images_seen)
         repro.record(run_dir, plain, engine, stage.state(), stage.source, under_way.images_seen)
     tracker.start(plain, resume_at=under_way.images_seen)
-    begin = "start" if newest is None else "resume"
-    born = None if parent is None else parent.described()
-    tracker.event(under_way.images_seen, begin, world=engine.world, changed=changed, damaged=damaged, parent=born)
     if newest is None:
         tracker.log(under_way.images_seen, stage.baseline())
+    begin = "start" if newest is None else "resume"
+    born = None if parent is None else parent.described()
+    startup.mark("assembly")
+    tracker.event(
+        under_way.images_seen, begin, world=engine.world, changed=changed, damaged=damaged, parent=born,
+        launched=startup.launched, idle_s=idle_s,
+    )  # fmt: skip
+    if runtime.is_main():
+        under_way.meter.ledger = Ledger.read(run_dir)
     log.info("training %s: %s", run_dir.path, _in_words(engine, stage, under_way.images_seen))
     try:
         outcome = fit(under_way)
@@ -152,6 +176,8 @@ def _assemble(
     ema: EMA,
     checkpoints: Checkpoints,
     tracker: Tracker,
+    preemption: runtime.Preemption,
+    startup: Startup,
     watchdog: Watchdog,
     state: dict[str, Any] | None,
 ) -> Run:
@@ -164,7 +190,13 @@ def _assemble(
         world=engine.world,
         device=engine.device,
     )
-    peak = peak_flops(engine.device, engine.compute_dtype)
+    meter = Meter(
+        engine,
+        Ranks(engine, straggler=job.guard.straggler, straggler_intervals=job.guard.straggler_intervals),
+        Ledger(startup.launched),
+        flops_per_image=stage.flops_per_image(),
+        peak=peak_flops(engine.device, engine.compute_dtype),
+    )
     guard = Guard(job.guard, engine, passed_over(run_dir.read_lines(run_dir.events)))
     if state is not None:
         guard.resume(state)
@@ -177,16 +209,17 @@ def _assemble(
         ema=ema,
         checkpoints=checkpoints,
         tracker=tracker,
-        meter=Meter(flops_per_image=stage.flops_per_image(), peak=peak, world=engine.world),
-        preemption=runtime.Preemption(),
+        meter=meter,
+        startup=startup,
+        preemption=preemption,
         guard=guard,
         watchdog=watchdog,
         garbage=GarbageCollection(job.guard.collect_every),
-        rewind=lambda images: _rewind(run_dir, images),
+        rewind=lambda images: _rewind(run_dir, meter, images),
         averaged=lambda: ema.swapped(job.ema_half_lives[0]),
-        evaluate=stage.evaluate,
+        evaluate=lambda: stage.evaluate(preemption.between),
         conditions={"weights": f"ema/{job.ema_half_lives[0]}", **stage.conditions()},
-        show=lambda images: stage.show(images, tracker),
+        show=lambda images: stage.show(images, tracker, preemption.between),
         state=stage.state(),
         global_batch=engine.global_batch,
         total_images=job.total_images,
@@ -229,10 +262,11 @@ def _write_failed(run_dir: RunDir, reason: str) -> None:
         run_dir.write_status("failed", images=_images(run_dir), reason=reason)
 
 
-def _rewind(run_dir: RunDir, images: int) -> None:
+def _rewind(run_dir: RunDir, meter: Meter, images: int) -> None:
     """Take back numbers and pictures of what came after so many images; W&B keeps them, and is sent none twice."""
     if runtime.is_main():
         JsonLines(run_dir).start({}, resume_at=images)
+        meter.ledger = Ledger.read(run_dir)
 
 
 def _images(run_dir: RunDir) -> int:

@@ -28,7 +28,7 @@ _LONGEST_SIDE = 1600  # of a picture shown as WebP, in pixels
 _POINTS = 800  # of a curve; longer ones keep the smallest and largest value of each stretch
 _EVENTS = 300  # newest that are listed
 _NOT_VALUES = ("images_seen", "time")
-_FAMILY = re.compile(r"_(t\d{3}|min|median|max)$")  # curves that share a chart
+_FAMILY = re.compile(r"_(t\d{3}|min|median|max)$|(?<=^perf/split)_\w+$|(?<=^perf/lost)_\w+$")  # share a chart
 
 
 def write_report(run_dir: RunDir) -> Path:

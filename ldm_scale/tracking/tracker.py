@@ -4,10 +4,13 @@ The loop knows one protocol; what stands behind it is files, W&B, several at onc
 but `Silent`, so a tracker knows neither rank nor world. Progress is counted in images seen.
 """
 
+import errno
 import json
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -22,6 +25,9 @@ from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.tracking.weights_and_biases import Wandb
 
 CAPTION_KEY = "caption"  # PNG text chunk that holds a picture's caption
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_LOG = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -69,10 +75,13 @@ class JsonLines:
     process recorded after the checkpoint that is resumed from will be recorded again: `start` takes those metrics and
     pictures away, and the files end up as if nothing had been interrupted. Events are history and stay, but for a torn
     last line. JSON has no word for a number that is not finite: among metrics it is null, in an event a string.
+
+    A full disk ends no training here: lines wait until there is room, pictures are left out.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
+        self._metrics, self._events = _Lines(run_dir.metrics), _Lines(run_dir.events)
 
     def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
         self._run_dir.path.mkdir(parents=True, exist_ok=True)
@@ -85,16 +94,17 @@ class JsonLines:
 
     def log(self, images_seen: int, values: Mapping[str, float]) -> None:
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        _append(self._run_dir.metrics, {"images_seen": images_seen, "time": time.time(), **finite})
+        self._metrics.append({"images_seen": images_seen, "time": time.time(), **finite})
 
     def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
         text = PngInfo()
         text.add_itxt(CAPTION_KEY, caption)
-        with storage.atomic_write(media_file(self._run_dir, name, images_seen)) as file:
+        path = media_file(self._run_dir, name, images_seen)
+        with _room_or_warning(path), storage.atomic_write(path) as file:
             Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
-        _append(self._run_dir.events, {"time": time.time(), "images_seen": images_seen, "event": kind, **fields})
+        self._events.append({"time": time.time(), "images_seen": images_seen, "event": kind, **fields})
 
     def finish(self, state: State) -> None: ...
 
@@ -177,9 +187,28 @@ def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:
     return run_dir.media / name.replace("/", "__") / f"{images_seen:012d}.png"
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with open(path, "ab") as file:
-        file.write(_json_line(line))
+class _Lines:
+    """A file that grows by lines; those that its disk has no room for wait, and follow when there is some."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
+
+    def append(self, line: dict[str, Any]) -> None:
+        self._waiting += _json_line(line)
+        with _room_or_warning(self._path), open(self._path, "ab", buffering=0) as file:
+            while self._waiting:  # a line may fit in part
+                self._waiting = self._waiting[file.write(self._waiting) :]
+
+
+@contextmanager
+def _room_or_warning(path: Path) -> Iterator[None]:
+    """Go on where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _LOG.warning("%s: %s", path, error.strerror)
 
 
 def _json_line(line: dict[str, Any]) -> bytes:

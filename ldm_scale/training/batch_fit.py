@@ -15,7 +15,7 @@ class BatchFit(Enum):
     exact = "exact"
     """Refuse it and list what would fit."""
     nearest = "nearest"
-    """Take the nearest global batch that fits: losing a node must not end a run."""
+    """Take the nearest global batch that fits, in smaller micro batches perhaps: losing a node must not end a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +33,23 @@ class FittedBatch:
 def fit_batch(*, global_batch: int, micro_batch: int, world: int, fit: BatchFit = BatchFit.exact) -> FittedBatch:
     """Derive gradient accumulation.
 
+    Fit nearest takes the micro batch that gives the nearest global batch: no larger than the stated one, and no smaller
+    than half of it where a process has as many images.
+
     raises  ValueError where a size is below one, or (fit exact) where the batch does not divide, listing what would fit
     """
     for name, value in (("global_batch", global_batch), ("micro_batch", micro_batch)):
         if value < 1:
             raise ValueError(f"{name}={value}; must be at least 1")
-    stride = micro_batch * world
-    if global_batch % stride and fit is BatchFit.exact:
+    if global_batch % (micro_batch * world) and fit is BatchFit.exact:
         raise ValueError(_refusal(global_batch, micro_batch, world))
+    largest = min(micro_batch, max(1, (2 * global_batch + world) // (2 * world)))
+    fits = [_nearest(global_batch, size, world) for size in range(largest, (largest - 1) // 2, -1)]
+    return min(fits, key=lambda fitted: abs(fitted.global_batch - global_batch))
+
+
+def _nearest(global_batch: int, micro_batch: int, world: int) -> FittedBatch:
+    stride = micro_batch * world
     accumulation = max(1, (2 * global_batch + stride) // (2 * stride))
     return FittedBatch(accumulation * stride, micro_batch, accumulation)
 

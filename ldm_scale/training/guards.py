@@ -71,16 +71,21 @@ class GuardConfig:
     The first one, evaluations and saves may take `phase_minutes`."""
     phase_minutes: float = 120.0
     """The same for starting, one evaluation, or one save."""
+    straggler: float = 0.15
+    """A rank whose own work keeps the median rank waiting for more than this share of a step is told of by name."""
+    straggler_intervals: int = 3
+    """Log intervals in a row in which it must."""
     collect_every: int = 200
     """Python's garbage is collected every so many global batches, on all ranks at once; 0 leaves it to Python."""
 
     def __post_init__(self) -> None:
         for name in (
-            "spike_sigma", "rollback_images", "pass_over_images", "watchdog_minutes", "phase_minutes", "collect_every"
+            "spike_sigma", "rollback_images", "pass_over_images", "watchdog_minutes", "phase_minutes", "straggler",
+            "collect_every",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"guard.{name}={getattr(self, name)}; at least 0")
-        for name in ("spike_half_life", "max_in_a_row"):
+        for name in ("spike_half_life", "max_in_a_row", "straggler_intervals"):
             if getattr(self, name) < 1:
                 raise ValueError(f"guard.{name}={getattr(self, name)}; at least 1")
         if self.policy is Policy.skip and self.spike_sigma > 0:

@@ -3,7 +3,6 @@
 Progress is counted in images seen; intervals, learning rate, EMA and random streams are functions of it.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, Policy, TrainingDiverged, Trouble
 from ldm_scale.training.steps import Metrics, Step
+from ldm_scale.training.telemetry import Startup
 from ldm_scale.training.throughput import Meter
 from ldm_scale.training.watchdog import Watchdog
 
@@ -58,6 +58,7 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     meter: Meter
+    startup: Startup
     preemption: runtime.Preemption
     guard: Guard
     watchdog: Watchdog
@@ -84,17 +85,22 @@ class Run:
 
 def fit(run: Run) -> Outcome:
     """Train until `total_images` have been seen or a signal asks to stop; the last weights are saved either way."""
-    _look(run)
+    run.meter.restart()
+    stop = not _looked(run)
+    run.startup.mark("first_look")
     with progress.bar("training", run.total_images, done=run.images_seen) as bar, run.garbage.scheduled():
         micro_batches = run.loader.batches(run.images_seen)
-        while True:
+        while not stop and run.images_seen < run.total_images:
             rate = run.learning_rate(run.images_seen)
             metrics = _global_batch(run, micro_batches, rate)
             before, run.images_seen = run.images_seen, run.images_seen + run.global_batch
             run.ema.update(run.global_batch, run.images_seen)
+            run.meter.mark("ema")
             run.meter.step(run.global_batch)
             run.garbage.step()
             run.watchdog.beat()
+            if not run.startup.is_over:
+                _started(run)
             last = run.images_seen >= run.total_images
             run.due = Looks(
                 evaluate=run.evaluate_clock.fires(before, run.images_seen) or last,
@@ -109,22 +115,28 @@ def fit(run: Run) -> Outcome:
                 continue
             if logs and metrics is not None:
                 bar.move(min(run.images_seen, run.total_images), _log(run, metrics, rate))
-            if not heard.stop:
-                _look(run)
-            if saves or heard.stop or (logs and run.checkpoints.poll()):
+            stop = heard.stop or not _looked(run)
+            if saves or stop or (logs and run.checkpoints.poll()):
                 _save(run)
-            if last or heard.stop:
-                return "finished" if last else "preempted"
+    return "preempted" if stop else "finished"
 
 
 def _global_batch(run: Run, micro_batches: Iterator[Any], rate: float) -> Metrics | None:
     """Forward, backward and the optimizer's step; None for a global batch that is passed over, which is read only."""
     metrics, passed_over = None, run.guard.passes_over(run.images_seen)
+    run.meter.mark("other")
     for batch in islice(micro_batches, run.engine.accumulation):
+        run.meter.mark("data")
         if not passed_over:
             metrics = run.step(batch, rate)
             run.guard.remember(batch.keys)
     return metrics
+
+
+def _started(run: Run) -> None:
+    """Tell how long it took to come to the first step."""
+    run.startup.finish()
+    run.tracker.event(run.images_seen, "startup", **run.startup.seconds)
 
 
 def _rolled_back(run: Run, troubles: list[Trouble]) -> bool:
@@ -158,6 +170,7 @@ def _roll_back(run: Run, trouble: Trouble) -> None:
     run.images_seen, run.due = state["images_seen"], Looks(**state["due"])
     run.guard.resume(state)
     run.rewind(run.images_seen)
+    run.meter.restart()
     names = [path.name for path in abandoned]
     run.tracker.event(run.images_seen, "rollback", passed_over=[begin, end], abandoned=names)
 
@@ -167,31 +180,36 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
     shares = {name: torch.tensor(share) for name, share in run.source.shares().items()}
     values = run.engine.mean_over_ranks({**metrics, **shares})
     values |= run.source.counts(run.images_seen)
-    speed = run.meter.read(run.loader.wait_s)
+    speed = run.meter.read()
+    if run.meter.straggler is not None:
+        run.tracker.event(run.images_seen, "straggler", **asdict(run.meter.straggler))
     run.tracker.log(run.images_seen, {**values, "train/lr": rate, "train/images_seen": float(run.images_seen), **speed})
     return f"loss {values['train/loss']:.4f}, {speed['perf/images_per_s']:,.0f} images/s"
 
 
-def _look(run: Run) -> None:
-    """Score and draw with the averaged weights, where that is due; left out of the training's rates."""
+def _looked(run: Run) -> bool:
+    """Score and draw with the averaged weights, where that is due; left out of the training's rates.
+
+    returns  False where a signal came in between: nothing of it was recorded, and all of it is still due
+    """
     if not (run.due.evaluate or run.due.show):
-        return
-    started = time.perf_counter()
-    with run.watchdog.phase("evaluation"), run.averaged():
-        if run.due.evaluate:
-            scores = run.evaluate()
-            run.tracker.log(run.images_seen, scores)
-            run.tracker.event(run.images_seen, "evaluation", scores=scores, **run.conditions)
-        if run.due.show:
-            run.show(run.images_seen)
+        return True
+    try:
+        with run.watchdog.phase("evaluation"), run.meter.pause("evaluation"), run.averaged():
+            scores = run.evaluate() if run.due.evaluate else None
+            if run.due.show:
+                run.show(run.images_seen)
+    except runtime.Preempted:
+        return False
+    if scores is not None:
+        run.tracker.log(run.images_seen, scores)
+        run.tracker.event(run.images_seen, "evaluation", scores=scores, **run.conditions)
     run.due = Looks(evaluate=False, show=False)
-    run.meter.pause(time.perf_counter() - started)
+    return True
 
 
 def _save(run: Run) -> None:
-    started = time.perf_counter()
-    with run.watchdog.phase("save"):
+    with run.watchdog.phase("save"), run.meter.pause("checkpoint"):
         own = {"images_seen": run.images_seen, "due": asdict(run.due), "guard": run.guard.state()}
         run.checkpoints.save({**own, **run.state})
     run.guard.saved()
-    run.meter.pause(time.perf_counter() - started)

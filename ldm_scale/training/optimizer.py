@@ -1,13 +1,13 @@
 """AdamW (Loshchilov & Hutter 2019) and its learning rate, a pure function of images.
 
 No scheduler object: the loop asks for the learning rate of a step and hands it to `Engine.step`. A prepared scheduler
-would step once per process (Accelerate) and would have to be saved. Knows nothing of models, engines or ranks.
+would step once per process (Accelerate) and would have to be saved. Knows no engine and no rank.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,15 @@ class LearningRateSchedule(Enum):
     """Half a cosine from the peak at the end of the warm-up to zero at the run's last image."""
 
 
+class Decay(Enum):
+    """Which trained tensors decay."""
+
+    all = "all"
+    """Every one, as in the reference."""
+    matrices = "matrices"
+    """Weights of linear layers and convolutions; no biases, norms and embeddings."""
+
+
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW with decoupled weight decay and linear warm-up."""
@@ -36,7 +45,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the second moment; dimensionless."""
     weight_decay: float = 0.01
-    """Decoupled decay of every trained tensor, per optimizer step and unit of learning rate."""
+    """Decoupled decay, per optimizer step and unit of learning rate."""
+    decay: Decay = Decay.all
+    """What decays."""
     warmup_images: int = 0
     """Images over which the learning rate rises linearly from zero; 0 starts at the peak."""
     schedule: LearningRateSchedule = LearningRateSchedule.constant
@@ -73,15 +84,27 @@ class OptimizerConfig:
         progress = (images_seen - self.warmup_images) / (total_images - self.warmup_images)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    def build(self, module: nn.Module) -> torch.optim.AdamW:
+        """An optimizer of every parameter of `module`, fused."""
         return torch.optim.AdamW(
-            parameters,
+            self._groups(module),
             lr=self.learning_rate,
             betas=(self.beta_1, self.beta_2),
             eps=self.eps,
             weight_decay=self.weight_decay,
             fused=True,
         )
+
+    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Parameters that decay and, apart, those that do not; DeepSpeed wants neither empty."""
+        if self.decay is Decay.all:
+            return [{"params": list(module.parameters())}]
+        tables = {layer.weight for layer in module.modules() if isinstance(layer, nn.Embedding)}
+        matrices = {p for p in module.parameters() if p.ndim > 1} - tables
+        decayed = [p for p in module.parameters() if p in matrices]
+        kept = [p for p in module.parameters() if p not in matrices]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()

@@ -1,17 +1,25 @@
-"""How fast training is: images per second, and the share of the hardware's arithmetic that reaches the model (MFU).
+"""How fast training is: images per second, the share of the hardware's arithmetic that reaches the model (MFU), and
+what the time goes to.
 
 MFU counts the multiply-adds that the networks need, without recomputation, against the dense peak of the compute dtype:
 the vendor's figure for known GPUs, a measured matrix product elsewhere.
 """
 
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_scale.tracking.goodput import Ledger
+from ldm_scale.training.engine import Engine, EngineKind
+from ldm_scale.training.telemetry import STEP_PARTS, Ranks, Straggler, Timeline
+
 _BACKWARD_AND_FORWARD = 3.0  # each product of the forward pass costs two more in the backward pass
+_RANGE: dict[str, Callable[[list[float]], float]] = {"min": min, "median": statistics.median_low, "max": max}
 _DENSE_BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
@@ -46,36 +54,74 @@ def _measured_peak(device: torch.device, dtype: torch.dtype, side: int = 1024, r
 
 
 class Meter:
-    """Rates between two log lines, on this rank."""
+    """Rates and shares between two log lines."""
 
-    def __init__(self, *, flops_per_image: float, peak: float, world: int) -> None:
-        self._flops_per_image, self._peak, self._world = flops_per_image, peak, world
-        self._since, self._images, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
+    def __init__(self, engine: Engine, ranks: Ranks, ledger: Ledger, *, flops_per_image: float, peak: float) -> None:
+        """Listen to `engine` from here on.
+
+        ledger           the run's, which rank 0 keeps
+        flops_per_image  to train on it
+        peak             operations per second of one device
+        """
+        self.ledger, self._ranks, self._world = ledger, ranks, engine.world
+        self._flops_per_image, self._peak = flops_per_image, peak
+        self._waits_within = engine.kind in (EngineKind.zero2, EngineKind.zero3)
+        self._timeline = Timeline(engine.device)
+        self.mark, self.pause = self._timeline.mark, self._timeline.pause
+        engine.mark = self.mark
+        self.straggler: Straggler | None = None
+        """Found by the last reading."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin here; what came since the last reading is in no rate."""
+        self._timeline.restart()
+        self._images, self._steps = 0, 0
 
     def step(self, images: int) -> None:
         """An optimizer step over `images` images of the whole world is done."""
         self._images += images
         self._steps += 1
 
-    def pause(self, seconds: float) -> None:
-        """Leave `seconds` of evaluating or saving out of the rates."""
-        self._since += seconds
-
-    def read(self, waited_s: float) -> dict[str, float]:
-        """The rates since the last reading; `waited_s` is the loader's total wait so far."""
-        now = time.perf_counter()
-        seconds, steps = now - self._since, max(self._steps, 1)
+    def read(self) -> dict[str, float]:
+        """Rates and shares since the last reading, and goodput so far. Collective; waits for the device."""
+        spent = self._timeline.read()
+        self.ledger.add(spent)
+        split = {part: spent.get(part, 0.0) for part in STEP_PARTS}
+        if self._waits_within:
+            split["forward_backward"] += split.pop("communication")
+        seconds, steps = sum(split.values()), max(self._steps, 1)
         rate = self._images / seconds
-        waited = waited_s - self._waited
-        self._since, self._images, self._steps, self._waited = now, 0, 0, waited_s
+        self._images, self._steps = 0, 0
         return {
             "perf/images_per_s": rate,
             "perf/images_per_s_per_gpu": rate / self._world,
             "perf/mfu": rate / self._world * self._flops_per_image / self._peak,
-            "perf/data_wait": waited / seconds,
             "perf/step_ms": 1e3 * seconds / steps,
-            "perf/memory_gb": _memory_gb(),
+            **{f"perf/split_{part}": share / seconds for part, share in split.items()},
+            **self._of_ranks(split, seconds, steps),
+            **self.ledger.shares(time.time()),
         }
+
+    def _of_ranks(self, split: Mapping[str, float], seconds: float, steps: int) -> dict[str, float]:
+        """What differs between ranks: the worst of all, and where there are several their range."""
+        # Free of waiting for others: the passes too, where an engine communicates only after them.
+        own = split["data"] + (0.0 if self._waits_within else split["forward_backward"])
+        found = self._ranks.gather(
+            {
+                "own_ms": 1e3 * own / steps,
+                "data_wait": split["data"] / seconds,
+                "memory_gb": _memory_gb(),
+                "host_gb": psutil.Process().memory_info().rss / 1e9,
+            }
+        )
+        own_ms = found["own_ms"]
+        self.straggler = self._ranks.straggler(own_ms, 1e3 * seconds / steps)
+        worst = {f"perf/{name}": max(values) for name, values in found.items()}
+        if self._world == 1:
+            return worst
+        ranges = {f"perf/{name}_{which}": of(values) for name, values in found.items() for which, of in _RANGE.items()}
+        return {**worst, **ranges, "perf/slowest_rank": float(own_ms.index(max(own_ms)))}
 
 
 def _memory_gb() -> float:

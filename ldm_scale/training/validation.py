@@ -6,6 +6,7 @@ range) alone, so two checkpoints, or raw and averaged weights, are compared on t
 Shape letters: B batch, C channels, H W latent height and width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +32,19 @@ class HeldOut:
     batch: int
 
     @torch.no_grad()
-    def loss(self, model: LatentDiffusion) -> dict[str, float]:
-        """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths."""
-        losses = [self._bucket(model, bucket) for bucket in range(BUCKETS)]
+    def loss(self, model: LatentDiffusion, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths.
+
+        between  called between batches; what it raises ends the rest
+        """
+        losses = [self._bucket(model, bucket, between) for bucket in range(BUCKETS)]
         named = {f"val/loss_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
         return {"val/loss": sum(losses) / BUCKETS, **named}
 
-    def _bucket(self, model: LatentDiffusion, bucket: int) -> float:
+    def _bucket(self, model: LatentDiffusion, bucket: int, between: Callable[[], None]) -> float:
         total = 0.0
         for start in range(0, len(self.z_0_NCHW), self.batch):
+            between()
             z_0_BCHW = self.z_0_NCHW[start : start + self.batch]
             index_B = torch.arange(start, start + len(z_0_BCHW), device=z_0_BCHW.device)
             noise_BCHW = rng.normal(self.seed, f"validation/noise {bucket}", index_B, tuple(z_0_BCHW.shape[1:]))

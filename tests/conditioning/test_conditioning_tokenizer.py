@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from ldm_scale.conditioning import tokenizer
 from ldm_scale.conditioning.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
 
 CAPTIONS = [
@@ -113,12 +116,21 @@ def test_a_tokenizer_of_another_kind_is_refused(toy_file: Path, tmp_path: Path):
     assert json.loads(toy_file.read_text())["model"]["type"] == "WordPiece"
 
 
-def test_the_hub_out_of_reach_is_explained(monkeypatch: pytest.MonkeyPatch):
-    from transformers import AutoTokenizer
+def test_the_hub_out_of_reach_is_explained_at_once(monkeypatch: pytest.MonkeyPatch):
+    """RFC 6761: a name under `invalid` leads nowhere, on any machine."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(tokenizer, "getproxies", dict)
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"conditioning\.tokenizer='nobody/nothing' .*make fetch-weights"):
+        load_tokenizer("nobody/nothing", 77)
+    assert time.monotonic() - began < 20, "the library alone tries for a minute"
 
-    def offline(*args: object, **kwargs: object) -> None:
-        raise OSError("We couldn't connect to 'https://huggingface.co'")
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(FileNotFoundError, match=r"conditioning\.tokenizer='bert-base-uncased' .*make fetch-weights"):
-        load_tokenizer("bert-base-uncased", 77)
+def test_a_hub_that_has_a_name_or_lies_behind_a_proxy_is_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenizer, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:1")
+    assert not tokenizer.hub_is_away()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
+    assert tokenizer.hub_is_away()
+    monkeypatch.setattr(tokenizer, "getproxies", lambda: {"https": "http://proxy:3128"})
+    assert not tokenizer.hub_is_away()

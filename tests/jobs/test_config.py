@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_scale.jobs import config, model_table
+from ldm_scale.training.batch_fit import BatchFit, fit_batch
 
 ROOT = config.CONF.parent
 EXPERIMENTS = sorted(file.stem for file in (config.CONF / "experiment").glob("*.yaml"))
@@ -98,6 +99,8 @@ def test_an_unknown_key_is_refused_in_a_file(tmp_path: Path, file: str, text: st
         ("engine.kind=zero9", "zero3"),
         ("first_stage.embed_dim=0", "first_stage.embed_dim=0; must be at least 1"),
         ("total_images=0", "total_images=0"),
+        ("total_images=640", "needs total_images (640) above optimizer.warmup_images (2560)"),
+        ("optimizer.decay=some", "matrices"),
         ("data.transform.size=0", "size=0"),
         ("ema_half_lives=[]", "ema_half_lives=[]"),
         ("every.log=-1", "every.log=-1"),
@@ -173,7 +176,7 @@ def test_every_experiment_has_the_published_size(name: str) -> None:
     with torch.device("meta"):
         network = job.first_stage.build() if job.trains_first_stage else job.latent_diffusion.build()
     count = model_table.parameters(network)
-    published = model_table.PUBLISHED.get(name)
+    published = model_table.PUBLISHED.get(model_table.VARIANTS.get(name, name))
     if published is None:
         assert count == UNPUBLISHED[name]
     elif isinstance(published, model_table.FirstStageFigures):
@@ -223,6 +226,27 @@ def test_full_batches_are_accumulated_from_whole_micro_batches(name: str) -> Non
     job = experiment(name, "full")
     assert job.global_batch % job.micro_batch == 0
     assert job.total_images % job.global_batch == 0 or name == "autoencoder_kl_f4"
+
+
+@pytest.mark.parametrize("world", [8, 16, 64, 128, 256, 504, 512])
+@pytest.mark.parametrize("name", ["txt2img_laion", "txt2img_laion_2k", "txt2img_laion_8k"])
+def test_text_to_image_has_a_batch_for_every_world(name: str, world: int) -> None:
+    """504 GPUs are 512 after a node was lost. The batch moves by less than an image a GPU, to whole micro batches."""
+    job = experiment(name, "full")
+    fit = BatchFit.nearest if name == "txt2img_laion" else job.batch_fit
+    fitted = fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=fit)
+    assert abs(fitted.global_batch - job.global_batch) < world
+    assert fitted.micro_batch >= min(job.micro_batch, job.global_batch // world) / 2
+
+
+@pytest.mark.parametrize("name", model_table.VARIANTS)
+def test_a_variant_has_the_networks_of_its_experiment(name: str) -> None:
+    of = experiment(model_table.VARIANTS[name], "full")
+    job = experiment(name, "full")
+    assert (job.latent_diffusion, job.first_stage) == (of.latent_diffusion, of.first_stage)
+    assert job.optimizer.learning_rate == pytest.approx(
+        of.optimizer.learning_rate * (job.global_batch / of.global_batch) ** 0.5, rel=0.03
+    )
 
 
 def test_pixels_can_be_a_first_stage() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from damages import DAMAGES, FOUND, at, flipped
 from PIL import Image
 
 from ldm_scale.core import weights
@@ -25,7 +26,7 @@ from ldm_scale.data.tar import BLOCK
 from ldm_scale.data.views import write_selection
 from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
 from ldm_scale.first_stage.identity import Identity
-from ldm_scale.jobs import config, image_encoder, precompute
+from ldm_scale.jobs import config, decoded, image_encoder, precompute
 from ldm_scale.jobs.image_encoder import AuditFailed, has_white_bars
 from ldm_scale.jobs.image_tars import ImageTars
 
@@ -219,6 +220,19 @@ def test_a_removed_sample_is_not_encoded_and_keeps_its_place_in_a_cache_that_had
     np.testing.assert_array_equal(again.read(np.array([4]))[0], cache.read(np.array([4]))[0])
 
 
+def test_a_page_shows_latents_decoded_beside_their_images(
+    job: Callable[..., Any], images: Path, encode: Encode
+) -> None:
+    cache = encode()
+    page = decoded.sheet(job(), 3).astype(int)
+    left, right = page[::8, 16 : 16 + 8 * SIZE : 8], page[::8, 32 + 8 * SIZE : 32 + 16 * SIZE : 8]
+    tops = [y for y in range(len(left) - SIZE) if any((left[y : y + SIZE] == picture(i)).all() for i in range(cache.n))]
+    assert len(tops) == 1, "three pairs stand in one row"
+    assert abs(left[tops[0] :][:SIZE] - right[tops[0] :][:SIZE]).max() <= 1
+    with pytest.raises(ValueError, match=r"its image transform is .*\"size\": 16"):
+        decoded.sheet(job("data.transform.size=8"), 3)
+
+
 def test_two_shards_of_one_name_are_refused(images: Path, encode: Encode, tmp_path: Path) -> None:
     write_images(tmp_path / "more", (3,))
     with pytest.raises(ValueError, match=r"several shards called 00000\.tar"):
@@ -249,44 +263,12 @@ def test_everything_read_is_written_or_rejected(tmp_path: Path, encode: Encode) 
     assert len(lines) == sum(cache.manifest.rejected.values())
 
 
-def at(tar: bytes, member: str) -> int:
-    return tar.index(member.encode() + bytes(100 - len(member)))
-
-
-def with_size(tar: bytes, member: str, size: bytes) -> bytes:
-    """A header that lies about its member's length and has a checksum that fits."""
-    begin = at(tar, member)
-    block = bytearray(tar[begin : begin + BLOCK])
-    block[124:136], block[148:156] = size, b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return tar[:begin] + bytes(block) + tar[begin + BLOCK :]
-
-
-def flipped(tar: bytes, place: int) -> bytes:
-    return tar[:place] + bytes([tar[place] ^ 1]) + tar[place + 1 :]
-
-
-DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str, int]] = {
-    "cut at a member boundary": (lambda d: d[: at(d, "000005.png")], "no_end_blocks", 5),
-    "cut inside a header": (lambda d: d[: at(d, "000005.png") + 200], "truncated", 5),
-    "cut inside a content": (lambda d: d[: at(d, "000005.png") + 600], "truncated", 5),
-    "cut after the image": (lambda d: d[: at(d, "000005.txt")], "no_end_blocks", 5),
-    "zeroed header": (
-        lambda d: d[: at(d, "000005.png")] + bytes(BLOCK) + d[at(d, "000005.png") + BLOCK :], "damaged_header", 9
-    ),
-    "damaged size": (lambda d: with_size(d, "000005.png", b"00000005670\0"), "damaged_size", 8),
-    "flipped bit in a header": (lambda d: flipped(d, at(d, "000005.png") + 130), "damaged_header", 9),
-    "end blocks lost": (lambda d: d.rstrip(b"\0") + bytes(-len(d.rstrip(b"\0")) % BLOCK), "no_end_blocks", 10),
-    "no image at all": (lambda d: flipped(d, at(d, "000005.png") + BLOCK), "unreadable", 9),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", DAMAGES)
 def test_no_damage_is_silent(tmp_path: Path, encode: Encode, name: str) -> None:
-    damage, reason, whole = DAMAGES[name]
+    reason, whole = FOUND[name]
     write_images(tmp_path / "images", (10,))
     tar = tmp_path / "images" / "00000.tar"
-    tar.write_bytes(damage(tar.read_bytes()))
+    tar.write_bytes(DAMAGES[name](tar.read_bytes(), "000005.png"))
     cache = encode()
     assert cache.n == whole and reason in cache.manifest.rejected
     assert cache.manifest.read == cache.n + sum(cache.manifest.rejected.values())
@@ -376,7 +358,9 @@ def test_white_borders_kept_by_accident_are_refused(job: Callable[..., Any], tmp
         require_match(cache.manifest, wanted.fingerprint, wanted_first_stage=wanted.first_stage["sha256"])
 
 
-def test_edited_bytes_are_refused_and_only_their_shard_is_encoded_again(images: Path, encode: Encode) -> None:
+def test_edited_bytes_are_refused_and_only_their_shard_is_encoded_again(
+    job: Callable[..., Any], images: Path, encode: Encode
+) -> None:
     cache = encode()
     right = files(Path(cache.folder))
     shard = Path(cache.folder) / "00001.tar"
@@ -386,6 +370,8 @@ def test_edited_bytes_are_refused_and_only_their_shard_is_encoded_again(images: 
     with pytest.raises(CorruptSample, match="checksum_npy"):
         LatentCache.open(cache.folder).read(np.arange(26))
     (Path(cache.folder) / ".ldm" / "00001.done.json").unlink()  # as data_tools.verify --repair does
+    left = precompute.Estimate.of(job(), ImageTars(str(images), None, ("image",)), Path(cache.folder))
+    assert (left.shards, left.images) == (1, 12)
     changed = {name: os.stat(Path(cache.folder) / name).st_mtime_ns for name in ("00000.tar", "00002.tar")}
     encode()
     assert files(Path(cache.folder)) == right
@@ -398,6 +384,27 @@ def test_a_changed_source_is_encoded_again(images: Path, encode: Encode) -> None
     after = encode().manifest
     assert [record.written for record in after.shards] == [40, 50, 5]
     assert after.shards[0].sha256 != before.shards[0].sha256 and after.shards[2] == before.shards[2]
+
+
+def test_an_edited_source_of_the_same_size_is_noticed_and_a_copied_one_is_only_read(
+    images: Path, encode: Encode
+) -> None:
+    cache = encode()
+    latents = Path(cache.folder)
+    right = files(latents)
+    for tar in images.glob("*.tar"):
+        os.utime(tar)
+    edited = images / "00001.tar"
+    edited.write_bytes(edited.read_bytes().replace(b"caption 12", b"caption XX"))
+    again = encode()
+    assert again.read(np.array([12]))[1] == ["caption XX"]
+    changed = {name for name, data in files(latents).items() if data != right[name]}
+    assert changed == {
+        "manifest.json", "00001.tar", "00001.parquet", ".ldm/00001.idx", ".ldm/00001.done.json"
+    }  # fmt: skip
+    stamps = {path: path.stat().st_mtime_ns for path in images.rglob("*.idx")}
+    encode()
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "looked at once"
 
 
 def test_bars_are_told_from_white_backgrounds() -> None:

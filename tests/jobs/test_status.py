@@ -24,7 +24,7 @@ def a_run(
     events: list[dict[str, Any]] = [{"time": BEGAN, "images_seen": 0, "event": "start", "world": 4}]
     metrics: list[dict[str, Any]] = [
         {"images_seen": 100, "time": BEGAN + 900, "train/loss": 0.5, "perf/images_per_s": 2.0},
-        {"images_seen": 200, "time": BEGAN + 1800, "train/loss": 0.25, "perf/images_per_s": 2.0},
+        {"images_seen": 200, "time": BEGAN + 1800, "train/loss": 0.25, "perf/images_per_s": 2.0, "perf/goodput": 0.9},
     ]
     if restarted:
         events.append({"time": BEGAN + 7200, "images_seen": 200, "event": "resume", "world": 2})
@@ -39,6 +39,7 @@ def test_a_running_run(tmp_path: Path) -> None:
     assert (found.state, found.images, found.loss, found.images_per_s) == ("running", 200, 0.25, 2.0)
     assert found.eta_s == 800 / 2.0
     assert found.heartbeat_age_s == 30
+    assert found.goodput == 0.9
     assert found.gpu_hours == pytest.approx(4 * 0.5)
     assert (found.gpus, found.restarts, found.host) == (4, 0, "node7")
 
@@ -78,7 +79,7 @@ def test_the_command_prints_a_line_or_json(tmp_path: Path, capsys: pytest.Captur
     a_run(tmp_path / "a")
     assert status.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "stale" in said and "20.0" in said and "0.2500" in said
+    assert "stale" in said and "20.0" in said and "0.2500" in said and "90.0%" in said
     assert status.main(["--json", "--stale", "1e12", str(tmp_path)]) == 0
     (one,) = json.loads(capsys.readouterr().out)
     assert (one["state"], one["images"], one["total_images"]) == ("running", 200, 1000)

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_tools import remove
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.data.cache import CacheManifest, LatentCache
+from ldm_scale.data.cache import CacheManifest, CacheShardWriter, LatentCache, finish_cache
 from ldm_scale.data.views import write_selection
+from ldm_scale.jobs import repro
 
 pytestmark = pytest.mark.slow
 
@@ -51,27 +54,52 @@ def test_a_mixture_of_views_is_read_as_often_as_it_says(world: Any) -> None:
         f"{name}: {{latents: {world.path}/latents, selection: [{world.path}/{name}.parquet], weight: {weight}}}"
         for name, weight in (("few", 1), ("many", 2))
     )
-    run_dir = train(world, "mixed", f"+data.mixture={{{parts}}}")
+    run_dir = train(world, "mixed", f"+data.mixture={{{parts}}}", f"data.index_dir={world.path}/index")
     few, many = curve(run_dir, "data/few/read"), curve(run_dir, "data/many/read")
     assert [a + b for a, b in zip(few, many, strict=True)] == curve(run_dir, "train/images_seen")
     np.testing.assert_allclose(few, curve(run_dir, "data/few/asked"), atol=1.1)
     assert curve(run_dir, "data/few/bad") == [0.0] * len(few)
 
 
-def test_a_live_run_goes_on_after_a_removal(world: Any, tmp_path: Path) -> None:
-    """The order stays; the removed sample is named, and another one stands in for it."""
-    shutil.copytree(world.path / "latents", tmp_path / "latents")
-    latents = f"data.latents={tmp_path}/latents"
-    command = world.tiny_training("name=removal", latents, "total_images=480", "every.evaluate=480")
-    run_dir = RunDir(world.path / "runs" / "txt2img_laion" / "removal")
+def encode_again(folder: Path, shard: int) -> None:
+    """A lost shard made anew, on another kind of machine: its latents differ in the last bits."""
+    cache = LatentCache.open(str(folder))
+    manifest, record = cache.manifest, cache.manifest.shards[shard]
+    moments, captions, keys = cache.read(np.arange(cache.starts[shard], cache.starts[shard + 1]))
+    with CacheShardWriter(folder / record.name, fingerprint=manifest.fingerprint, kind=manifest.kind) as writer:
+        for key, caption, one in zip(keys, captions, np.nextafter(moments, np.float16(9)), strict=True):
+            writer.add(key, one, caption)
+        made = writer.finish(source=record.source["name"], source_sha256=record.source["sha256"])
+    records = [made if place == shard else other for place, other in enumerate(manifest.shards)]
+    finish_cache(folder, records, first_stage=manifest.first_stage, transform=manifest.transform, kind=manifest.kind)
+
+
+def test_a_live_run_goes_on_with_a_shard_encoded_again_samples_removed_and_new_captions(
+    world: Any, tmp_path: Path
+) -> None:
+    """The order stays; what changed is on record; others stand in for the removed; captions cost the cache no byte."""
+    folder = tmp_path / "latents"
+    shutil.copytree(world.path / "latents", folder)
+    command = world.tiny_training("name=live", f"data.latents={folder}", "total_images=480", "every.evaluate=480")
+    run_dir = RunDir(world.path / "runs" / "txt2img_laion" / "live")
     saved = run_dir.checkpoints / "images_000000000032"
     assert world.interrupted(command, saved.exists, signal.SIGTERM) == 75
-    cache = LatentCache.open(f"{tmp_path}/latents")
-    keys = cache.keys(np.array([5, 50]))
-    assert remove.main([f"{tmp_path}/latents", "--key", *keys, "--reason", "asked", "--runs", str(run_dir.path)]) == 0
-    assert LatentCache.open(f"{tmp_path}/latents").content_id != cache.content_id
-    world.run(command)
+    encode_again(folder, 1)
+    cache = LatentCache.open(str(folder))
+    moments, _, gone = cache.read(np.array([5, 50]))
+    new = {"key": cache.keys(np.arange(cache.n)), "new": [f"a new caption {i}" for i in range(cache.n)]}
+    pq.write_table(pa.table(new), tmp_path / "captions.parquet")
+    assert remove.main([str(folder), "--key", *gone, "--reason", "asked", "--runs", str(run_dir.path)]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert not [name for name, data in before.items() for one in moments if one.tobytes()[:64] in data]
+    captions = f"data.captions.file={tmp_path}/captions.parquet"
+    world.run([*command, captions, "+data.captions.columns={new: 1.0}", "amend=true"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    first, second = (launch["data"] for launch in repro.launches(run_dir))
+    assert first["order_id"] == second["order_id"] and first["content_id"] != second["content_id"]
     events = run_dir.read_lines(run_dir.events)
-    assert {event["key"] for event in events if event.get("reason") == "removed"} == set(keys)
+    assert {event["key"] for event in events if event.get("reason") == "removed"} == set(gone)
+    assert "data.captions.file" in next(event["changed"] for event in events if event["event"] == "resume")
     assert curve(run_dir, "data/removed")[-1] > 0 == curve(run_dir, "data/bad")[-1]
+    assert curve(run_dir, "data/own_caption")[-1] == 0
     assert storage.read_json(run_dir.status)["state"] == "finished"

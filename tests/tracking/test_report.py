@@ -40,9 +40,11 @@ def realistic_run(path: Path, *, lines: int = 400) -> RunDir:
                 "perf/images_per_s": 412 + 9 * rng.standard_normal(),
                 "perf/data_wait": 0.002 + 0.001 * rng.random(),
                 "perf/memory_gb": 3.1,
-                "perf/step_ms_min": 220 + rng.random(),
-                "perf/step_ms_median": 232 + 3 * rng.random(),
-                "perf/step_ms_max": 245 + 30 * rng.random(),
+                "perf/own_ms_min": 220 + rng.random(),
+                "perf/own_ms_median": 232 + 3 * rng.random(),
+                "perf/own_ms_max": 245 + 30 * rng.random(),
+                "perf/split_data": 0.05,
+                "perf/split_forward_backward": 0.95,
             },
         )
         if i % 40 == 0:
@@ -94,7 +96,12 @@ def test_page_stands_alone_and_holds_the_run(run_dir):
     assert [item["name"] for item in data["media"]] == ["samples/grid", "samples/reconstructions"]
     assert [len(item["pictures"]) for item in data["media"]] == [10, 10]
     titles = {chart["title"]: len(chart["curves"]) for chart in data["charts"]}
-    assert titles["train/loss"] == 1 and titles["val/loss_*"] == 10 and titles["perf/step_ms_*"] == 3
+    assert (
+        titles["train/loss"] == 1
+        and titles["val/loss_*"] == 10
+        and titles["perf/own_ms_*"] == 3
+        and titles["perf/split_*"] == 2
+    )
     assert "train/images_seen" not in titles
     score = next(score for score in data["scores"] if score["name"] == "eval/fd_random")
     assert score["conditions"]["n"] == 2048 and score["conditions"]["sampler"]["steps"] == 25

@@ -119,3 +119,17 @@ def test_config_builds_and_refuses(tmp_path):
     assert isinstance(TrackerConfig().build(RunDir(tmp_path)), Several)
     with pytest.raises(ValueError, match=r"tracker\.project"):
         TrackerConfig(project="a/b")
+
+
+def test_lines_that_find_a_full_disk_wait_for_room(tmp_path):
+    run_dir = RunDir(tmp_path)
+    tracker = JsonLines(run_dir)
+    tracker.start({})
+    tracker.log(10, {"train/loss": 3.0})
+    run_dir.metrics.rename(tmp_path / "aside")
+    run_dir.metrics.symlink_to("/dev/full")
+    tracker.log(20, {"train/loss": 2.0})
+    tracker.log(30, {"train/loss": 1.0})
+    (tmp_path / "aside").rename(run_dir.metrics)
+    tracker.log(40, {"train/loss": 0.0})
+    assert [line["images_seen"] for line in run_dir.read_lines(run_dir.metrics)] == [10, 20, 30, 40]

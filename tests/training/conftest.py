@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
+STEPS = 50
 sys.path.insert(0, str(SCRIPTS))
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -40,11 +42,11 @@ def launch() -> Launch:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The curve of one process, everything at its end, and its checkpoint after ten steps."""
+    """The curve of one process, everything at its end, its checkpoint ten steps before; and the bfloat16 curve."""
     import tiny
 
     training = tiny.Training(tiny.engine_of("one_process"), tmp_path_factory.mktemp("reference"))
-    losses = training.run(10)
+    losses = training.run(STEPS - 10)
     checkpoint = training.save()
     losses += training.run(10)
     found = {
@@ -55,6 +57,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "distances": {str(half_life): float(d) for half_life, d in training.ema.distances().items()},
     }
     training.engine.close()
+    training = tiny.Training(tiny.engine_of("one_process", precision="bf16"), Path("unused"))
+    found["rounded"] = training.run(STEPS)
+    training.engine.close()
     return found
 
 
@@ -62,7 +67,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def two_processes(tmp_path_factory: pytest.TempPathFactory, reference: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """What `scripts/matrix.py` found on two processes, and the directory it wrote to."""
     out = tmp_path_factory.mktemp("matrix")
-    done = launched("matrix.py", str(out), str(reference["checkpoint"]))
+    stop = random.randrange(1, STEPS)
+    done = launched("matrix.py", str(out), str(reference["checkpoint"]), str(STEPS), str(stop))
     (out / "stderr.txt").write_text(done.stderr)
     assert done.returncode == 0, f"{out}/stderr.txt: {done.stderr[-3000:]}"
-    return out, json.loads((out / "found.json").read_text())
+    return out, {**json.loads((out / "found.json").read_text()), "stop": stop}

@@ -21,9 +21,24 @@ def test_what_divides_is_taken_as_it_is(accumulation, micro, world):
 @given(sizes, st.integers(1, 64), st.integers(1, 64))
 def test_nearest_is_nearest(wanted, micro, world):
     fitted = fit_batch(global_batch=wanted, micro_batch=micro, world=world, fit=BatchFit.nearest)
-    stride = micro * world
-    assert fitted.global_batch == fitted.accumulation * stride >= stride
-    assert abs(fitted.global_batch - wanted) == min(abs(k * stride - wanted) for k in range(1, wanted // stride + 3))
+    images = fitted.accumulation * fitted.micro_batch
+    assert fitted.global_batch == images * world
+    assert min(micro, images) <= 2 * fitted.micro_batch <= 2 * micro
+    coarse = abs(max(1, round(wanted / (micro * world))) * micro * world - wanted)  # in micro batches as stated
+    assert abs(fitted.global_batch - wanted) <= coarse
+
+
+@pytest.mark.parametrize(
+    ("world", "fitted"),
+    [
+        (16, FittedBatch(672, 14, 3)),
+        (63, FittedBatch(693, 11, 1)),
+        (504, FittedBatch(504, 1, 1)),
+        (512, FittedBatch(512, 1, 1)),
+    ],
+)
+def test_the_batch_of_the_paper_on_other_worlds(world, fitted):
+    assert fit_batch(global_batch=680, micro_batch=17, world=world, fit=BatchFit.nearest) == fitted
 
 
 def test_refusal_lists_what_fits():

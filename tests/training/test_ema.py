@@ -14,7 +14,7 @@ LATE = 10**9  # images seen when the ramp no longer acts
 def model_and_ema(half_lives: list[int]) -> tuple[nn.Module, EMA]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    return model, EMA(plain_masters(model, OptimizerConfig().build(model.parameters())), half_lives)
+    return model, EMA(plain_masters(model, OptimizerConfig().build(model)), half_lives)
 
 
 def jump(model: nn.Module) -> None:

@@ -1,4 +1,5 @@
 import copy
+import json
 import logging
 import os
 
@@ -13,6 +14,7 @@ from ldm_scale.training.engine import DTYPES, EngineConfig, EngineKind, Precisio
 from ldm_scale.training.optimizer import OptimizerConfig
 
 KINDS = ["ddp", "zero1", "zero2", "zero3"]
+BF16_TOLERANCE = 5e-3  # relative, of every loss of the curve
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def one_process():
 
 def test_one_process_equals_a_bare_torch_loop(tmp_path):
     """Oracle: global batches in one forward, clip_grad_norm_, unfused AdamW."""
-    training = tiny.Training(tiny.engine_of("one_process"), tmp_path)
+    training = tiny.Training(tiny.engine_of("one_process", decay="all"), tmp_path)
     model, config = tiny.tiny(), OptimizerConfig(learning_rate=3e-3, warmup_images=32)
     adam = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=False, foreach=False)
     losses, norms = [], []
@@ -173,12 +175,23 @@ def test_two_processes_train_like_one(kind, two_processes, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_like_one_in_bfloat16(kind, two_processes, reference):
+    """Under ZeRO norms and biases are bfloat16 too, and so is each micro batch's gradient before it is summed."""
+    _, found = two_processes
+    rounded = found["rounded"][kind]["losses"]
+    assert rounded == pytest.approx(reference["rounded"], rel=BF16_TOLERANCE)
+    assert rounded != pytest.approx(reference["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_resume_on_two_processes_is_the_same_run_bit_for_bit(kind, two_processes):
     out, found = two_processes
     assert found["resumed"][kind]["losses"] == found["curve"][kind]["losses"]
     whole, halves = (safetensors.torch.load_file(out / f"{kind}{end}.safetensors") for end in ("", "-resumed"))
+    assert whole.keys() == halves.keys()
     for name, tensor in whole.items():
-        assert torch.equal(tensor, halves[name]), name
+        assert torch.equal(tensor, halves[name]), (name, f"stopped after {found['stop']} steps")
 
 
 @pytest.mark.slow
@@ -189,6 +202,34 @@ def test_a_gradient_that_is_not_finite_moves_nothing_on_any_rank(kind, two_proce
     assert not torch.tensor(poisoned["norm"]).isfinite()
     assert poisoned["same"]
     assert torch.tensor(poisoned["then"]).isfinite().all()
+
+
+@pytest.mark.slow
+def test_ddp_reduces_gradients_at_boundaries_only(two_processes):
+    _, found = two_processes
+    assert found["apart"] == [True, False]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_like_others_under_the_same_names(launch, tmp_path):
+    """One graph serves equal blocks, one of them recomputed, on all engines; nothing is compiled without gradients."""
+    done = launch("compiled.py", str(tmp_path), "ddp", "zero1", "zero2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "compiled.json").read_text())
+    eager = found.pop("eager")
+    assert [eager["graphs"], *(one["graphs"] for one in found.values())] == [0, 1, 0, 0]
+    for one in found.values():
+        assert one["losses"] == pytest.approx(eager["losses"], rel=1e-5)
+        assert one["names"] == eager["names"]
+        assert one["graphs_without_gradients"] == 0
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.raises(ValueError, match=r"engine\.compile=true with engine\.kind=zero3.*Choose zero2"):
+        EngineConfig(kind=EngineKind.zero3, compile=True)
+    config = EngineConfig(kind=EngineKind.one_process, precision=Precision.fp32, compile=True)
+    with pytest.raises(ValueError, match="none of the blocks"):
+        config.build(global_batch=8, micro_batch=2).prepare(tiny.tiny(), OptimizerConfig())
 
 
 @pytest.mark.slow

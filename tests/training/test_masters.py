@@ -14,7 +14,7 @@ from ldm_scale.training.optimizer import OptimizerConfig
 
 
 def masters_of(model: nn.Module) -> Masters:
-    return plain_masters(model, OptimizerConfig().build(model.parameters()))
+    return plain_masters(model, OptimizerConfig().build(model))
 
 
 def test_plain_masters_are_the_parameters():
@@ -42,7 +42,7 @@ def test_pieces_are_in_logical_order_whatever_the_memory_format():
 def test_moments_exist_before_the_first_step_and_do_not_change_it():
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
     models[1].load_state_dict(models[0].state_dict())
-    adams = [OptimizerConfig().build(model.parameters()) for model in models]
+    adams = [OptimizerConfig().build(model) for model in models]
     masters = plain_masters(models[1], adams[1])
     assert masters.step == 0
     assert all(not moment.any() for moment in masters.moments("exp_avg") + masters.moments("exp_avg_sq"))
@@ -92,7 +92,7 @@ def test_a_deepspeed_without_an_attribute_is_refused_by_name():
     fake = types.SimpleNamespace(optimizer=zero, zero_optimization_stage=lambda: 2)
     model = nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match=r"parallel_partitioned_bit16_groups.*0\.19\.8.*engine\.kind=ddp"):
-        zero_masters(fake, model, OptimizerConfig().build(model.parameters()))
+        zero_masters(fake, model, OptimizerConfig().build(model))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_scale.training.optimizer import LearningRateSchedule, OptimizerConfig, clip_and_step
+from ldm_scale.training.optimizer import Decay, LearningRateSchedule, OptimizerConfig, clip_and_step
 
 
 def test_warm_up_is_linear_and_then_constant():
@@ -33,13 +33,35 @@ def test_impossible_values_are_refused_by_name(wrong):
         OptimizerConfig(**wrong)
 
 
+@pytest.mark.parametrize("decay", Decay)
+def test_what_decays_and_what_does_not(decay):
+    """Without gradients a step is the decay alone."""
+    layers = {"table": nn.Embedding(5, 4), "conv": nn.Conv2d(2, 4, 3), "norm": nn.GroupNorm(2, 4)}
+    module = nn.ModuleDict({**layers, "linear": nn.Linear(4, 3)})
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    adam = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, decay=decay).build(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    for name, parameter in module.named_parameters():
+        decays = decay is Decay.all or name in ("conv.weight", "linear.weight")
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if decays else 1.0), rtol=1e-6, atol=0)
+
+
+def test_adam_is_fused_and_no_group_is_empty():
+    for module in (nn.Linear(3, 2, bias=False), nn.GroupNorm(2, 4)):
+        adam = OptimizerConfig(decay=Decay.matrices).build(module)
+        assert adam.defaults["fused"]
+        assert [len(group["params"]) for group in adam.param_groups] == [len(list(module.parameters()))]
+
+
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 100.0])
 def test_clipping_equals_torch_clip_grad_norm(max_norm):
     """Oracle: unfused AdamW after torch.nn.utils.clip_grad_norm_."""
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     theirs = copy.deepcopy(ours)
-    adam = OptimizerConfig(learning_rate=0.01, weight_decay=0.1).build(ours.parameters())
+    adam = OptimizerConfig(learning_rate=0.01, weight_decay=0.1).build(ours)
     oracle = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1, foreach=False, fused=False)
     for _ in range(20):
         x = torch.randn(4, 5)
@@ -57,10 +79,10 @@ def test_clipping_equals_torch_clip_grad_norm(max_norm):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_moves_nothing(bad):
-    weight = nn.Parameter(torch.ones(3))
-    adam = OptimizerConfig().build([weight])
+    layer = nn.Linear(3, 1, bias=False)
+    weight, adam = layer.weight, OptimizerConfig().build(layer)
     for norm in (1.0, bad, 1.0):
-        weight.grad = torch.full((3,), norm)
+        weight.grad = torch.full((1, 3), norm)
         before = weight.detach().clone(), adam.state[weight].get("step", torch.zeros(())).clone()
         clip_and_step(adam, torch.tensor(norm), 0.5)
         if not math.isfinite(norm):

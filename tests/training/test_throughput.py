@@ -1,34 +1,107 @@
+"""Rates and shares, on a clock that is held; operations of a U-Net, counted by hand."""
+
+import time
+
 import pytest
+import tiny
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_scale.training import throughput
+from ldm_scale.nn.unet import UNet, UNetConfig
+from ldm_scale.tracking.goodput import Ledger
+from ldm_scale.training import telemetry, throughput
+from ldm_scale.training.telemetry import STEP_PARTS, Ranks
+from ldm_scale.training.throughput import Meter
+
+UNET = UNetConfig(
+    in_channels=4, out_channels=4, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_factors=[2, 1],
+    num_heads=4, context_dim=24, norm_groups=16,
+)  # fmt: skip
 
 
-def test_training_flops_are_three_times_the_forward_pass() -> None:
+def by_hand(unet: nn.Module, *inputs: torch.Tensor) -> int:
+    """Two operations for each product of a convolution, a linear layer, or attention; from shapes alone."""
+    sides: dict[str, torch.Size] = {}
+    for name, module in unet.named_modules():
+        module.register_forward_hook(lambda module, _, output, name=name: sides.update({name: output.shape}))
+    unet(*inputs)
+    found = 0
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d):
+            found += 2 * sides[name].numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+        if isinstance(module, nn.Linear):
+            found += 2 * sides[name].numel() * module.in_features
+        if name.endswith("to_k"):  # every query meets every key, and then every value
+            batch, keys, width = sides[name]
+            found += 2 * 2 * batch * keys * width * sides[name.removesuffix("k") + "q"][1]
+    return found
+
+
+def test_operations_of_a_unet_are_those_counted_by_hand_and_those_of_a_whole_step() -> None:
     with torch.device("meta"):
-        linear, x = nn.Linear(8, 16), torch.empty(5, 8)
-    assert throughput.training_flops(lambda: linear(x), images=5) == 3 * 2 * 8 * 16
+        unet, z, t, context = UNet(UNET), torch.empty(2, 4, 16, 16), torch.zeros(2), torch.empty(2, 5, 24)
+    found = throughput.training_flops(lambda: unet(z, t, context), images=2)
+    with FlopCounterMode(display=False) as counter:
+        unet(z, t, context).sum().backward()
+    assert found == pytest.approx(counter.get_total_flops() / 2, rel=0.02)  # of which the first layers need no gradient
+    assert found == 3 * by_hand(unet, z, t, context) / 2
 
 
 def test_peak_is_a_plausible_rate() -> None:
     assert 1e8 < throughput.peak_flops(torch.device("cpu"), torch.float32) < 1e14
 
 
-def test_meter_divides_by_the_time_that_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
-    meter = throughput.Meter(flops_per_image=10.0, peak=1000.0, world=2)
+class Clock:
+    """Time goes on only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(telemetry.time, "perf_counter", lambda: self.now)
+
+    def after(self, seconds: float, meter: Meter, part: str) -> None:
+        self.now += seconds
+        meter.mark(part)
+
+
+def a_meter() -> Meter:
+    engine = tiny.engine_of("one_process")
+    ranks = Ranks(engine, straggler=0.15, straggler_intervals=3)
+    return Meter(engine, ranks, Ledger(time.time()), flops_per_image=10.0, peak=1000.0)
+
+
+def test_rates_are_of_the_time_that_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    meter = a_meter()
     for _ in range(4):
+        clock.after(0.1, meter, "data")
+        clock.after(0.5, meter, "forward_backward")
+        clock.after(0.1, meter, "communication")
+        clock.after(0.2, meter, "optimizer")
         meter.step(50)
-    now += 5.0
-    meter.pause(1.0)
-    read = meter.read(waited_s=0.4)
-    assert read["perf/images_per_s"] == 50
-    assert read["perf/images_per_s_per_gpu"] == 25
-    assert read["perf/mfu"] == pytest.approx(25 * 10 / 1000)
+    with meter.pause("evaluation"):
+        clock.now += 1000
+    clock.after(0.4, meter, "ema")
+    read = meter.read()
+    assert read["perf/images_per_s"] == pytest.approx(50)
+    assert read["perf/mfu"] == pytest.approx(50 * 10 / 1000)
     assert read["perf/data_wait"] == pytest.approx(0.1)
-    assert read["perf/step_ms"] == 1000
+    assert read["perf/step_ms"] == pytest.approx(1000)
+    assert read["perf/own_ms"] == pytest.approx(600)  # data, forward and backward
+    split = [read[f"perf/split_{part}"] for part in STEP_PARTS]
+    assert split == pytest.approx([0.1, 0.5, 0.1, 0.2, 0.1, 0.0])
+    assert meter.ledger.seconds["evaluation"] == 1000 and meter.ledger.seconds["train"] == pytest.approx(3.6)
     meter.step(50)
-    now += 1.0
-    assert meter.read(waited_s=0.4)["perf/data_wait"] == 0
+    clock.after(1.0, meter, "forward_backward")
+    assert meter.read()["perf/data_wait"] == 0
+
+
+def test_an_engine_tells_what_has_ended() -> None:
+    engine, heard = tiny.engine_of("one_process"), list[str]()
+    engine.mark = heard.append
+    x, y = tiny.samples(torch.arange(2))
+    for _ in range(engine.accumulation):
+        with engine.accumulate():
+            engine.backward(engine.model(x, y).mean())
+            engine.step(1e-3)
+    assert heard == ["forward_backward", "communication"] * engine.accumulation + ["optimizer"]

@@ -7,7 +7,7 @@ import torch
 
 trained = []
 for kind in ("ddp", "zero1", "zero2", "zero3"):
-    training = tiny.Training(tiny.engine_of(kind, precision="bf16"), Path("unused"))
+    training = tiny.Training(tiny.engine_of(kind, precision="bf16", decay="all"), Path("unused"))
     start = training.weights()
     exact = tiny.tiny().state_dict()
     assert start is not None

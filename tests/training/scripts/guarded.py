@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from torch import Tensor
 from ldm_scale.core import runtime
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import Loader
+from ldm_scale.tracking.goodput import Ledger
 from ldm_scale.tracking.tracker import JsonLines, Silent
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.guards import GarbageCollection, Guard, GuardConfig, Policy, TrainingDiverged, passed_over
 from ldm_scale.training.loop import Clock, Looks, Run, fit
 from ldm_scale.training.steps import Metrics
+from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter
 from ldm_scale.training.watchdog import Watchdog
 
@@ -110,10 +113,12 @@ def training(
         guard.resume(state)
     runtime.barrier()  # every rank has read the events
     tracker.start({}, resume_at=images)
+    ranks = Ranks(engine, straggler=0.15, straggler_intervals=3)
+    meter = Meter(engine, ranks, Ledger(time.time()), flops_per_image=1.0, peak=1.0)
     run = Run(
         engine=engine, step=step, source=source, learning_rate=lambda _: 1e-3, ema=ema, checkpoints=checkpoints,
         loader=Loader(source, global_batch=8, micro_batch=2, rank=engine.rank, world=engine.world),
-        tracker=tracker, meter=Meter(flops_per_image=1.0, peak=1.0, world=engine.world),
+        tracker=tracker, meter=meter, startup=Startup(),
         preemption=runtime.Preemption(), guard=guard, garbage=GarbageCollection(3),
         watchdog=Watchdog(path / "stacks", minutes=1, phase_minutes=1, on_end=lambda reason: None),
         rewind=lambda to: tracker.start({}, resume_at=to), averaged=nullcontext, evaluate=dict, conditions={},

@@ -1,6 +1,6 @@
 """Runs every engine that needs a process group, inside one launch; rank 0 writes what happened.
 
-usage  matrix.py OUT CHECKPOINT_OF_ONE_PROCESS
+usage  matrix.py OUT CHECKPOINT_OF_ONE_PROCESS STEPS STOP     the second half of a run begins after STOP steps
 """
 
 import json
@@ -11,10 +11,11 @@ from typing import Any
 import safetensors.torch
 import tiny
 import torch
+import torch.distributed as dist
 
 from ldm_scale.core import runtime
 
-STEPS = 20
+STEPS, STOP = int(sys.argv[3]), int(sys.argv[4])
 KINDS = ("ddp", "zero1", "zero2", "zero3")
 
 
@@ -45,15 +46,23 @@ def curve(kind: str, out: Path) -> dict[str, Any]:
     return found
 
 
+def rounded(kind: str, out: Path) -> dict[str, Any]:
+    """The curve in bfloat16."""
+    training = tiny.Training(tiny.engine_of(kind, precision="bf16"), out / "unused")
+    losses = training.run(STEPS)
+    training.engine.close()
+    return {"losses": losses}
+
+
 def resumed(kind: str, out: Path) -> dict[str, Any]:
-    """Half a run, another engine in its place, the other half: bit for bit the whole run."""
+    """Part of a run, another engine in its place, the rest: bit for bit the whole run."""
     first = tiny.Training(tiny.engine_of(kind), out / f"{kind}-half")
-    losses = first.run(STEPS // 2)
+    losses = first.run(STOP)
     path = first.save()
     first.engine.close()
     second = tiny.Training(tiny.engine_of(kind), out / f"{kind}-half")
     second.resume(path)
-    losses += second.run(STEPS // 2)
+    losses += second.run(STEPS - STOP)
     everything = second.everything()
     if everything is not None:
         safetensors.torch.save_file(everything, out / f"{kind}-resumed.safetensors")
@@ -62,10 +71,10 @@ def resumed(kind: str, out: Path) -> dict[str, Any]:
 
 
 def taken_over(kind: str, checkpoint: Path, out: Path) -> dict[str, Any]:
-    """A run of one process goes on here, from its tenth step."""
+    """A run of one process goes on here, for its last ten steps."""
     training = tiny.Training(tiny.engine_of(kind), out / f"{kind}-over")
     training.resume(checkpoint)
-    losses = training.run(STEPS // 2)
+    losses = training.run(10)
     training.engine.close()
     return {"losses": losses}
 
@@ -90,10 +99,27 @@ def poisoned(kind: str, precision: str, out: Path) -> dict[str, Any]:
     return {"norm": float(norm), "same": same, "then": losses, "latent_scale": scale}
 
 
+def apart() -> list[bool]:
+    """Whether the ranks' gradients differ after each micro batch of a global batch under ddp."""
+    engine, found = tiny.engine_of("ddp"), list[bool]()
+    for _ in range(engine.accumulation):
+        with engine.accumulate():
+            engine.backward(engine.model(*tiny.samples(torch.arange(2) + 100 * engine.rank)).mean())
+            mine = engine.module.first.weight.grad
+            both = [torch.empty_like(mine) for _ in range(engine.world)]
+            dist.all_gather(both, mine)
+            found.append(not torch.equal(*both))
+            engine.step(1e-3)
+    engine.close()
+    return found
+
+
 def main() -> None:
     out, checkpoint = Path(sys.argv[1]), Path(sys.argv[2])
     found: dict[str, Any] = {
         "curve": {kind: curve(kind, out) for kind in KINDS},
+        "apart": apart(),
+        "rounded": {kind: rounded(kind, out) for kind in KINDS},
         "resumed": {kind: resumed(kind, out) for kind in KINDS},
         "taken_over": {kind: taken_over(kind, checkpoint, out) for kind in KINDS},
         "poisoned": {

@@ -9,7 +9,7 @@ from ldm_scale.core import rng
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine, EngineConfig, EngineKind, Precision
-from ldm_scale.training.optimizer import OptimizerConfig
+from ldm_scale.training.optimizer import Decay, OptimizerConfig
 
 GLOBAL_BATCH = 8
 MICRO_BATCH = 2
@@ -47,11 +47,19 @@ def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def engine_of(
-    kind: str, *, precision: str = "fp32", grad_clip: float = 0.5, micro_batch: int = MICRO_BATCH, width: int = 8
+    kind: str,
+    *,
+    precision: str = "fp32",
+    grad_clip: float = 0.5,
+    micro_batch: int = MICRO_BATCH,
+    width: int = 8,
+    decay: str = "matrices",
 ) -> Engine:
+    """Two groups of parameters, unless everything decays."""
     config = EngineConfig(kind=EngineKind(kind), precision=Precision(precision), grad_clip=grad_clip)
     engine = config.build(global_batch=GLOBAL_BATCH, micro_batch=micro_batch)
-    engine.prepare(tiny(width), OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_images=32))
+    optimizer = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_images=32, decay=Decay(decay))
+    engine.prepare(tiny(width), optimizer)
     return engine
 
 

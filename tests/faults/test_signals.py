@@ -1,0 +1,54 @@
+"""SIGTERM to one rank of two, whatever they are at: both save, say so and exit 75; the run goes on undisturbed."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from fault_runs import Launch, Toy, curve, differing, events, saving
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.training.checkpoint import complete_ones, read_state
+
+# Twenty batches to draw for a score.
+HOW = ("every.evaluate=48", "every.sample=48", "every.save=8", "evaluation.images=40", "evaluation.batch=2")
+
+
+def stopped(launch: Launch, run: Path, rank: int) -> int:
+    """Tell one rank to stop; images seen when both had."""
+    launch.send(signal.SIGTERM, rank)
+    assert launch.ended() == [75, 75], launch.said()
+    status = storage.read_json(RunDir(run).status)
+    assert status["state"] == "preempted"
+    return int(status["images"])
+
+
+@pytest.mark.slow
+def test_told_to_stop_at_the_start_in_an_evaluation_and_in_a_save(toy: Toy, tmp_path: Path) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    toy.train(undisturbed, *HOW).finish()
+    checkpoints = RunDir(run).checkpoints
+
+    launch = toy.train(run, *HOW)
+    assert launch.reaches(lambda: events(run, "start") != []), launch.said()  # and what is not trained yet is scored
+    assert stopped(launch, run, rank=1) == 0
+    assert (complete_ones(checkpoints), curve(run, "eval/fd_random")) == ([], {})
+
+    launch = toy.train(run, *HOW)
+    assert launch.reaches(lambda: bool(saving(run))), launch.said()
+    images = stopped(launch, run, rank=0)
+    assert images < 48, "too late to be in the first save"
+    assert complete_ones(checkpoints)[0].name == f"images_{images:012d}" and not saving(run)
+
+    launch = toy.train(run, *HOW)
+    assert launch.reaches(lambda: 48 in curve(run)), launch.said()
+    assert stopped(launch, run, rank=1) == 48
+    assert list(curve(run, "eval/fd_random")) == [0]
+    assert read_state(complete_ones(checkpoints)[0])["due"] == {"evaluate": True, "show": True}
+
+    toy.train(run, *HOW).finish()
+    assert differing(run, undisturbed) == []
+    for name in ("train/loss", "val/loss", "eval/fd_random"):
+        assert curve(run, name) == curve(undisturbed, name)
+    pictures = [[str(path.relative_to(one)) for path in sorted(one.glob("media/*/*"))] for one in (run, undisturbed)]
+    assert pictures[0] == pictures[1]

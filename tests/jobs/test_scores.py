@@ -1,0 +1,37 @@
+"""Scores that take long can be broken off between batches."""
+
+import pytest
+import torch
+
+from ldm_scale.core.runtime import Preempted
+from ldm_scale.first_stage.base import FirstStage
+from ldm_scale.jobs import config
+from ldm_scale.jobs.scores import HeldOutImages, ReconstructionScores
+
+
+@pytest.fixture(scope="module")
+def job() -> config.TrainJob:
+    sizes = ["first_stage.channels=8", "evaluation.images=8", "evaluation.batch=2"]
+    found: config.TrainJob = config.compose("train", ["+experiment=autoencoder_kl_f4", "scale=toy", *sizes])
+    return found
+
+
+def test_a_score_ends_where_it_is_told_to(job: config.TrainJob) -> None:
+    torch.manual_seed(0)
+    first_stage: FirstStage = job.first_stage.build()
+    held_out = HeldOutImages(images_NCHW=torch.rand(8, 3, 32, 32) * 2 - 1, captions=[""] * 8, digest="none")
+    scores = ReconstructionScores(job.evaluation, job.paths, held_out)
+    asked = 0
+
+    def between() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == stop_at:
+            raise Preempted
+
+    stop_at = 3
+    with pytest.raises(Preempted):
+        scores(first_stage, between)
+    stop_at, asked = -1, 0
+    assert scores(first_stage, between) == scores(first_stage)
+    assert asked == 8  # four batches to encode, four to look at
