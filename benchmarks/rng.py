@@ -65,7 +65,7 @@ def training_step(overrides: list[str], batch: int) -> tuple[int, Callable[[], o
     plain = ["engine=one_process", "engine.precision=fp32"]
     job: jobs_config.TrainJob = jobs_config.compose("train", ["+experiment=txt2img_laion", *plain, *overrides])
     engine = job.engine.build(global_batch=batch, micro_batch=batch)
-    module = job.latent_diffusion.build()
+    module = job.latent_diffusion.build_trained()
     engine.prepare(module, job.optimizer)
     step = DiffusionStep(
         engine,
@@ -87,7 +87,7 @@ def training_step(overrides: list[str], batch: int) -> tuple[int, Callable[[], o
             keys=[""] * batch,
             captions=[""] * batch,
             moments=torch.zeros(batch, 2 * channels, *sides, dtype=torch.float16),
-            inputs=inputs.expand(batch, -1),
+            inputs=inputs.expand(batch, *inputs.shape[1:]),
         )
         images_seen += batch
         step(read, 1e-4)

@@ -30,7 +30,7 @@ from data_tools.metadata import open_shards, sample_metadata
 from data_tools.trace import stream_of_run
 from data_tools.verify_cache import is_cache
 from ldm_scale.core import progress, storage
-from ldm_scale.data.cache import MIRRORED, NPY_HEADER_BYTES, CacheManifest, ShardRecord, done_record
+from ldm_scale.data.cache import MIRRORED, NPY_HEADER_BYTES, TEXT, CacheManifest, ShardRecord, done_record
 from ldm_scale.data.index import IMAGE_FIELDS, scan
 from ldm_scale.data.shards import SIDECARS, CorruptSample, ShardSet, ShardSummary, Sidecars, content_id
 from ldm_scale.data.tar import Member, split_name, walk
@@ -233,7 +233,7 @@ def _overwrite_members(tar: str, keys: set[str]) -> dict[str, dict[str, int]]:
             members = [(split_name(item.name), item) for item in walk(data) if isinstance(item, Member)]
         for split, member in members:
             if split is not None and split[0] in keys:
-                kept = NPY_HEADER_BYTES if split[1] in ("npy", MIRRORED) else 0
+                kept = NPY_HEADER_BYTES if split[1] in ("npy", MIRRORED, TEXT) else 0
                 file.seek(member.offset + kept)
                 file.write(_nothing(split[1], member.length - kept))
                 lengths.setdefault(split[0], {})[split[1]] = member.length

@@ -15,6 +15,7 @@ from ldm_scale.core import storage
 from ldm_scale.data.cache import (
     MIRRORED,
     NPY_HEADER_BYTES,
+    TEXT,
     CacheManifest,
     LatentStatistics,
     ShardRecord,
@@ -102,19 +103,24 @@ def _fingerprint_in(data: memoryview) -> str | None:
 def _moments(
     url: str, data: memoryview, index: ShardIndex, record: ShardRecord, manifest: CacheManifest
 ) -> list[Problem]:
-    """Moments that are not finite or not of the manifest's shape, and statistics that are not the recorded ones."""
+    """Arrays that are not finite or not of the manifest's shape, and statistics that are not the recorded ones."""
     problems = []
     channels = manifest.shape[0] // 2 if manifest.kind == "gaussian" else manifest.shape[0]
-    statistics, head = LatentStatistics(manifest.kind, channels), npy_header(manifest.shape)
+    statistics = LatentStatistics(manifest.kind, channels)
+    shapes = {"npy": manifest.shape, MIRRORED: manifest.shape}
+    if manifest.text is not None:
+        shapes[TEXT] = manifest.text["shape"]
     for row in range(index.header.n):
         found = members(data, index, row)
-        for field in ("npy", MIRRORED) if MIRRORED in found else ("npy",):
-            npy = found.get(field, b"")
-            if npy[:NPY_HEADER_BYTES] != head or len(npy) != len(head) + 2 * int(np.prod(manifest.shape)):
-                detail = f"not float16 {manifest.shape}"
+        for field, shape in shapes.items():
+            if field == MIRRORED and field not in found:
+                continue
+            npy, head = found.get(field, b""), npy_header(shape)
+            if npy[:NPY_HEADER_BYTES] != head or len(npy) != len(head) + 2 * int(np.prod(shape)):
+                detail = f"not float16 {shape}"
                 problems.append(Problem(record.name, index.key(row), f"malformed_{field}", detail))
                 continue
-            moments = np.frombuffer(npy, np.float16, offset=len(head)).reshape(manifest.shape)
+            moments = np.frombuffer(npy, np.float16, offset=len(head)).reshape(shape)
             if not np.isfinite(moments).all():
                 problems.append(Problem(record.name, index.key(row), f"not_finite_{field}"))
             elif field == "npy":

@@ -46,6 +46,10 @@ class ConditionerConfig(ABC):
     def build(self) -> "Conditioner":
         """The conditioner with fresh weights, on torch's default device."""
 
+    def build_trained(self) -> "Conditioner":
+        """What a training holds of it: all, unless it is frozen and its output comes from a cache."""
+        return self.build()
+
 
 class Conditioner(nn.Module, ABC):
     """Turns a caption, class or map into what the U-Net reads, in two steps.

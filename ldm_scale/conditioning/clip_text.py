@@ -1,14 +1,17 @@
 """Captions as context: CLIP's text encoder, frozen, as in Stable Diffusion v1 (Radford et al. 2021).
 
-The network is that of the transformers library. Knows nothing of the diffusion process, files of captions or ranks.
+The network is that of the transformers library. A training does not run it, but reads what it made of each caption from
+a cache; `CachedTextConditioner` stands in for it there. Knows nothing of the diffusion process, files of captions or
+ranks.
 
 Shape letters: B batch, L tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_scale.conditioning.base import Conditioner, ConditionerConfig, Conditions, require_captions
@@ -19,6 +22,9 @@ _REMEDY = (
     "`make fetch-weights` on a machine with internet fetches openai/clip-vit-large-patch14; then set "
     "conditioning.model to its directory"
 )
+
+
+_AT_ONCE = 64  # captions encoded together
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +63,10 @@ class ClipTextConfig(ConditionerConfig):
     def build(self) -> "ClipTextConditioner":
         """Fresh weights, and no files needed; `load_pretrained` reads the real ones."""
         return ClipTextConditioner(self)
+
+    def build_trained(self) -> "CachedTextConditioner":
+        """What takes its output from a cache; has no weights."""
+        return CachedTextConditioner(self)
 
 
 class ClipTextConditioner(Conditioner):
@@ -144,8 +154,56 @@ class ClipTextConditioner(Conditioner):
         """(B, L) token ids -> context (B, L, D)."""
         return Conditions(context=self.transformer(input_ids=inputs).last_hidden_state)
 
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """The context of captions, (B, L, D) float32, on the device of the weights."""
+        ids_BL = self.prepare(captions).to(self.transformer.device)
+        parts = [self.transformer(input_ids=part_BL) for part_BL in ids_BL.split(_AT_ONCE)]
+        return torch.cat([part.last_hidden_state for part in parts])
+
+    def digest(self) -> str:
+        """sha256 of the weights, as of a first stage's."""
+        return weights.digest(self.state_dict())
+
     def _not_found(self, what: str) -> FileNotFoundError:
         return FileNotFoundError(
             f"no {what} of CLIP: conditioning.model={self.config.model!r} is no directory that holds it, and the "
             f"Hugging Face hub did not give it; {_REMEDY}"
         )
+
+
+class CachedTextConditioner(Conditioner):
+    """Stands in for the encoder in a training: its inputs are the context that a cache holds. It has no weights.
+
+    For captions that are in no cache, as those of grids and scores, `prepare` runs the encoder that `use` was given. It
+    stays outside: no engine wraps it, no checkpoint holds it.
+    """
+
+    config: ClipTextConfig
+    null_1LD: Tensor
+
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = config.dropout
+        self.context_dim = config.width
+        self.register_buffer("null_1LD", torch.zeros(1, config.max_length, config.width), persistent=False)
+        self._encode: Callable[[Sequence[str]], Tensor] | None = None
+
+    def use(self, encoder: ClipTextConditioner) -> None:
+        """Take the context of the empty caption from `encoder`, and later that of captions to draw."""
+        self._encode = encoder.encode
+        self.null_1LD.copy_(encoder.encode([""]))
+
+    def prepare(self, conditions: Sequence[Any]) -> Tensor:
+        """Captions to context (B, L, D), rounded to float16 as a cache would hold it. Not for the loader's thread."""
+        assert self._encode is not None, "given by `use` to whoever draws"
+        return self._encode(require_captions(conditions)).half().cpu()
+
+    def null_inputs(self, batch: int) -> Tensor:
+        """The context of the empty caption, (batch, L, D), on the module's device."""
+        return self.null_1LD.expand(batch, -1, -1)
+
+    def forward(self, inputs: Tensor) -> Conditions:
+        """Context (B, L, D) of any floating type -> the same in float32."""
+        return Conditions(context=inputs.float())

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from ldm_scale.core.storage import atomic_write
+from ldm_scale.core.storage import atomic_write, digest
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNKNOWN, FIRST, LAST, _ = SPECIAL_TOKENS
@@ -45,6 +45,10 @@ class CaptionTokenizer:
     def __call__(self, captions: list[str]) -> Tensor:
         """(B, max_length) int64, on the CPU."""
         return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(captions)], dtype=torch.int64)
+
+    def digest(self) -> str:
+        """sha256 of the vocabulary: which piece has which id."""
+        return digest(sorted(self._tokenizer.get_vocab(with_added_tokens=True).items()))
 
     def decode(self, ids_BL: Tensor) -> list[str]:
         """The lower-cased captions back, without special tokens: for logs and reports."""

@@ -1,18 +1,20 @@
 """The latent cache: images encoded once, as WebDataset shards that any reader understands. Owner of the format.
 
     {shard}.tar             ustar; a PAX global header with the fingerprint, then `{key}.npy`, `{key}.txt`, ... by key;
-                            `{key}.flip.npy` too where the latents of mirror images were asked for
+                            `{key}.flip.npy` too where the latents of mirror images were asked for, `{key}.text.npy`
+                            where what a frozen text encoder makes of the caption was
     {shard}.parquet         metadata of each sample
     .ldm/{shard}.idx        index
     .ldm/{shard}.done.json  what was read, written and rejected, what the latents look like; written last of a shard
     manifest.json           what made the cache; written last of all
 
 `{key}.npy` holds the posterior's moments as the first stage gave them, unscaled, float16 in C order behind a header of
-128 bytes. The draw from the posterior, the scale and the caption dropout belong to training. Knows nothing of networks:
-the first stage appears here as a name, a configuration and a digest.
+128 bytes; `{key}.text.npy` the caption's tokens alike. The draw from the posterior, the scale and the caption dropout
+belong to training. Knows nothing of networks: first stage and text encoder appear here as a name, a configuration and a
+digest.
 
 Shape letters: B batch, M channels of the moments (2C for a Gaussian: mean then log-variance; C for a point), C channels
-of the latent, H W latent height and width.
+of the latent, H W latent height and width, L tokens of a caption, D their width.
 """
 
 import json
@@ -49,6 +51,8 @@ KINDS = ("gaussian", "point")
 NPY_HEADER_BYTES = 128
 MIRRORED = "flip.npy"
 """Member that holds the moments of the mirror image."""
+TEXT = "text.npy"
+"""Member that holds what a frozen text encoder makes of the caption, (L, D)."""
 _LOGVAR_RANGE = (-30.0, 20.0)  # as the first stage clamps it before it draws
 
 Substitute = Callable[[int, CorruptSample], int]
@@ -207,6 +211,8 @@ class CacheManifest:
     rejected: dict[str, int]
     order_id: str
     content_id: str
+    text: dict[str, Any] | None = None
+    """kind, config, sha256 of the weights, vocabulary and shape (L, D) of the text encoder; None without one."""
     shards: list[ShardRecord] = field(default_factory=list)
 
     @classmethod
@@ -250,6 +256,34 @@ def require_match(manifest: CacheManifest, wanted: str, *, wanted_first_stage: s
         f"latent cache {where} has fingerprint {manifest.fingerprint[:12]}, this run needs {wanted[:12]}: {reason}. "
         "Point first_stage.checkpoint and data.transform at what made the cache, or precompute the latents again"
     )
+
+
+def require_text(cache: "LatentCache", wanted: Mapping[str, Any]) -> None:
+    """Refuse a cache whose captions are not embedded, or by another text encoder.
+
+    wanted  what its manifest should say of the text encoder
+    raises  ValueError naming both sides
+    """
+    theirs = cache.manifest.text
+    if theirs is None or not cache.holds_text:
+        raise ValueError(
+            f"latent cache {cache.folder} holds no embeddings of its captions, which conditioning={wanted['kind']} "
+            "trains on. Make them with the latents: accelerate launch precompute_latents.py, the same overrides and "
+            "precompute.text_embeddings=true (in place of this cache: precompute.overwrite=true too)"
+        )
+    one, other = ({**text, **text["config"], "config": None} for text in (theirs, wanted))
+    differing = [
+        f"{key}={_short(one.get(key))} (this run: {_short(other[key])})" for key in other if one.get(key) != other[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"latent cache {cache.folder} holds embeddings of another text encoder: {', '.join(differing)}. Point "
+            "conditioning.model at what made the cache, or precompute with this one"
+        )
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) else value
 
 
 class CacheShardWriter:
@@ -379,11 +413,13 @@ def finish_cache(
     first_stage: Mapping[str, Any],
     transform: Mapping[str, Any],
     kind: str,
+    text: Mapping[str, Any] | None = None,
 ) -> CacheManifest:
     """Write the manifest of a cache whose shards are all done, from their records.
 
     first_stage  kind, config (JSON values) and sha256 of the weights
     transform    `ImageTransform.fingerprint()`
+    text         kind, config, sha256, vocabulary and shape of the text encoder, if one embedded the captions
     raises       ValueError where nothing was written, or shards disagree in fingerprint or shape
     """
     records = sorted(records, key=lambda record: record.name)
@@ -424,6 +460,7 @@ def finish_cache(
         rejected=dict(rejected),
         order_id=order_id(summaries),
         content_id=storage.digest([wanted, content_id(summaries)]),
+        text=None if text is None else dict(text),
         shards=list(records),
     )
     storage.write_json(Path(folder) / "manifest.json", asdict(manifest))
@@ -442,9 +479,17 @@ class LatentCache:
         self.n, self.names, self.starts = shards.n, shards.names, shards.starts
         self.order_id = shards.order_id
         self.shape = tuple(manifest.shape)
-        self.holds_mirrored = all(
-            record.summary.count_with([[MIRRORED]]) == record.written for record in manifest.shards
-        )
+        self.holds_mirrored = self._everyone_has(MIRRORED)
+        self.holds_text = manifest.text is not None and self._everyone_has(TEXT)
+
+    def _everyone_has(self, member: str) -> bool:
+        return all(record.summary.count_with([[member]]) == record.written for record in self.manifest.shards)
+
+    @property
+    def text_shape(self) -> tuple[int, ...]:
+        """(L, D) of each caption's tokens, in a cache that holds them."""
+        assert self.manifest.text is not None, "asked only where `holds_text`"
+        return tuple(self.manifest.text["shape"])
 
     @property
     def content_id(self) -> str:
@@ -507,6 +552,7 @@ class LatentCache:
         *,
         into: Sequence[int] | None = None,
         mirrored: Sequence[bool] | None = None,
+        text: np.ndarray | None = None,
         substitute: Substitute | None = None,
     ) -> tuple[np.ndarray, list[str], list[str]]:
         """Moments, captions and keys of B samples.
@@ -514,6 +560,7 @@ class LatentCache:
         out         (R, M, H, W) float16, contiguous, to read into; a new array if None
         into        which of the R rows each sample goes to; the first B if None
         mirrored    of which samples the moments of the mirror image are read; of none if None
+        text        (R, L, D) float16, contiguous, to read the captions' tokens into; they are not read if None
         substitute  called with (place in the batch, what is wrong) for a sample that was removed, or whose bytes are
                     not the indexed ones; returns the number of the sample to read instead
         returns     `out`, B captions, B keys
@@ -525,9 +572,12 @@ class LatentCache:
         if out is None:
             out = np.empty((count, *self.shape), np.float16)
         assert out.flags.c_contiguous and out.shape[1:] == self.shape and out.dtype == np.float16
+        assert text is None or (text.flags.c_contiguous and text.shape == (len(out), *self.text_shape))
         batch = _Batch(
             out=out.data.cast("B"),
             size=out[0].nbytes,
+            text=None if text is None else text.data.cast("B"),
+            text_size=0 if text is None else text[0].nbytes,
             rows=range(count) if into is None else into,
             mirrored=[False] * count if mirrored is None else mirrored,
             captions=[""] * count,
@@ -564,6 +614,9 @@ class _Batch:
     """Bytes of the moments, row after row."""
     size: int
     """Of a row, bytes."""
+    text: memoryview | None
+    """Bytes of the captions' tokens, likewise; None where they are not wanted."""
+    text_size: int
     rows: Sequence[int]
     mirrored: Sequence[bool]
     captions: list[str]
@@ -580,7 +633,7 @@ class _Batch:
         records, keys, removed, whole = index.record_bytes, index.key_bytes, shard.removed_rows, NPY_HEADER_BYTES + size
         plain, step = index.unpacker("npy", "txt").unpack_from, index.record_size
         flipped = index.unpacker("txt", MIRRORED).unpack_from if MIRRORED in index.column else plain
-        captions, names, mirrored, places = self.captions, self.keys, self.mirrored, self.rows
+        captions, names, mirrored, places, tokens = self.captions, self.keys, self.mirrored, self.rows, self.text
         done = 0
         try:
             for row, slot in zip(rows, slots, strict=True):
@@ -600,11 +653,24 @@ class _Batch:
                 caption = content[text : text + text_length]
                 if xxh3_64_intdigest(caption) != text_xxh3:
                     raise CorruptSample(index.key(row), "checksum_txt", shard.url)
+                if tokens is not None:
+                    self._fill_text(tokens, shard, row, places[slot] * self.text_size)
                 captions[slot] = str(caption, "utf8")
                 names[slot] = str(keys[key : key + key_length], "utf8")
                 done += 1
         finally:
             del rows[:done], slots[:done]
+
+    def _fill_text(self, out: memoryview, shard: OpenShard, row: int, at: int) -> None:
+        """Read the tokens of a caption; raises CorruptSample."""
+        index, whole = shard.index, NPY_HEADER_BYTES + self.text_size
+        begin, xxh3, length, _, _ = index.unpacker(TEXT).unpack_from(index.record_bytes, row * index.record_size)
+        if length != whole:
+            raise CorruptSample(index.key(row), f"wrong_size_{TEXT}", shard.url)
+        data = shard.content[begin : begin + whole]
+        out[at : at + self.text_size] = data[NPY_HEADER_BYTES:]
+        if xxh3_64_intdigest(data) != xxh3:
+            raise CorruptSample(index.key(row), f"checksum_{TEXT}", shard.url)
 
 
 def _require_sizes(urls: Sequence[str], records: Sequence[ShardRecord]) -> None:

@@ -179,8 +179,10 @@ class DataConfig(SourceConfig):
         seed: int,
         prepare: Prepare | None = None,
         on_bad: OnBad | None = None,
+        *,
+        text: bool = False,
     ) -> SampleSource[LatentBatch]:
-        """The stream of latents of what `open_latents` has opened."""
+        """The stream of latents of what `open_latents` has opened; with `text`, of embeddings of captions too."""
 
         def read(cache: LatentCache, order: Order, captions: CaptionOverlay | None) -> SampleSource[LatentBatch]:
             return LatentSource(
@@ -189,6 +191,7 @@ class DataConfig(SourceConfig):
                 prepare,
                 captions=captions,
                 mirror=self.mirror,
+                text=text,
                 max_bad_share=self.max_bad_share,
                 on_bad=on_bad,
             )

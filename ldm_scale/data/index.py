@@ -30,7 +30,7 @@ from ldm_scale.data.remote import TarCache, fetch
 from ldm_scale.data.tar import Damage, Fault, Member, split_name, walk
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-FIELDS = (*IMAGE_FIELDS, "npy", "txt", "json", "cls", "boxes.json", "seg.png", "flip.npy")
+FIELDS = (*IMAGE_FIELDS, "npy", "txt", "json", "cls", "boxes.json", "seg.png", "flip.npy", "text.npy")
 """Members that are indexed; others are counted and left alone."""
 
 _MAGIC = b"LDMIDX1\n"

@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm_scale.data.sources import AnyBatch, StreamOrder
 
@@ -33,7 +32,7 @@ class Source(Protocol[BatchOut]):
 
     order: StreamOrder
 
-    def buffer(self, batch: int, *, pinned: bool) -> Tensor:
+    def buffer(self, batch: int, *, pinned: bool) -> Any:
         """Memory that `read` fills."""
         ...
 
@@ -41,7 +40,7 @@ class Source(Protocol[BatchOut]):
         """Say which samples will be read soon."""
         ...
 
-    def read(self, positions: np.ndarray, *, ids: np.ndarray | None = None, out: Tensor | None = None) -> BatchOut:
+    def read(self, positions: np.ndarray, *, ids: np.ndarray | None = None, out: Any = None) -> BatchOut:
         """The batch at `positions`, (B,) int64, in that order.
 
         ids  the samples there, `order(positions)`
@@ -61,7 +60,7 @@ class _Failure:
 class _Slot:
     """A buffer of the ring, and the event after which the device no longer reads it."""
 
-    buffer: Tensor
+    buffer: Any
     copied: "torch.cuda.Event | None" = field(default=None)
 
     def wait(self) -> None:

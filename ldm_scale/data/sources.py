@@ -87,6 +87,18 @@ class ImageBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory for a batch, by row.
+
+    samples  moments or images
+    inputs   conditioning inputs that are read along with them; None where they are prepared from captions
+    """
+
+    samples: Tensor
+    inputs: Tensor | None = None
+
+
 class TooManyBadSamples(RuntimeError):
     """More samples are unreadable than data.max_bad_share allows."""
 
@@ -175,7 +187,7 @@ class SampleSource(ABC, Generic[BatchOut]):
     prepare: Prepare | None
 
     @abstractmethod
-    def buffer(self, batch: int, *, pinned: bool) -> Tensor:
+    def buffer(self, batch: int, *, pinned: bool) -> Buffer:
         """Memory for a batch."""
 
     @abstractmethod
@@ -184,13 +196,13 @@ class SampleSource(ABC, Generic[BatchOut]):
 
     @abstractmethod
     def fill(
-        self, out: Tensor, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
+        self, out: Buffer, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
     ) -> tuple[list[str], list[str]]:
         """Read the samples `ids`, at stream `positions`, into these rows of `out`; returns their keys and captions."""
 
     @abstractmethod
     def batch(
-        self, positions_B: Tensor, keys: list[str], captions: list[str], out: Tensor, inputs: Tensor | None
+        self, positions_B: Tensor, keys: list[str], captions: list[str], samples: Tensor, inputs: Tensor | None
     ) -> BatchOut:
         """What was read, as one batch."""
 
@@ -202,7 +214,7 @@ class SampleSource(ABC, Generic[BatchOut]):
     def shares(self) -> dict[str, float]:
         """Which shares of the samples that this process asked for are not what was asked for, by name."""
 
-    def read(self, positions: np.ndarray, *, ids: np.ndarray | None = None, out: Tensor | None = None) -> BatchOut:
+    def read(self, positions: np.ndarray, *, ids: np.ndarray | None = None, out: Buffer | None = None) -> BatchOut:
         """The batch at stream `positions`, (B,) int64, in that order.
 
         ids  the samples there, where the caller has computed `order(positions)` already
@@ -211,8 +223,8 @@ class SampleSource(ABC, Generic[BatchOut]):
         positions = np.array(positions, np.int64)
         out = self.buffer(len(positions), pinned=False) if out is None else out
         keys, captions = self.fill(out, range(len(positions)), positions, self.order(positions) if ids is None else ids)
-        inputs = None if self.prepare is None else self.prepare(captions)
-        return self.batch(torch.from_numpy(positions), keys, captions, out, inputs)
+        inputs = out.inputs if self.prepare is None else self.prepare(captions)
+        return self.batch(torch.from_numpy(positions), keys, captions, out.samples, inputs)
 
 
 class LatentSource(SampleSource[LatentBatch]):
@@ -226,6 +238,7 @@ class LatentSource(SampleSource[LatentBatch]):
         *,
         captions: CaptionOverlay | None = None,
         mirror: bool = False,
+        text: bool = False,
         max_bad_share: float = 0.01,
         on_bad: OnBad | None = None,
     ) -> None:
@@ -233,8 +246,10 @@ class LatentSource(SampleSource[LatentBatch]):
 
         captions  where captions come from, if not from the cache
         mirror    read each image or its mirror image, by chance
+        text      inputs are the embeddings of the captions that the cache holds, (B, L, D) float16
         raises    ValueError where the order is of another number of samples, or there are no mirror images
         """
+        assert not text or (cache.holds_text and prepare is None and captions is None), "embeddings are as they are"
         _require_order(order, cache.n)
         if mirror and not cache.holds_mirrored:
             raise ValueError(
@@ -243,18 +258,22 @@ class LatentSource(SampleSource[LatentBatch]):
             )
         self.cache, self.order, self.prepare = cache, order, prepare
         self.order_id = cache.order_id
-        self._seed, self._captions, self._mirror = order.seed, captions, mirror
+        self._seed, self._captions, self._mirror, self._text = order.seed, captions, mirror, text
         self.substitutes = Substitutes(n=cache.n, seed=order.seed, max_bad_share=max_bad_share, on_bad=on_bad)
 
-    def buffer(self, batch: int, *, pinned: bool) -> Tensor:
-        """(B, M, H, W) float16."""
-        return torch.empty((batch, *self.cache.shape), dtype=torch.float16, pin_memory=pinned)
+    def buffer(self, batch: int, *, pinned: bool) -> Buffer:
+        """(B, M, H, W) float16, and (B, L, D) where embeddings are read."""
+
+        def memory(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty((batch, *shape), dtype=torch.float16, pin_memory=pinned)
+
+        return Buffer(memory(self.cache.shape), memory(self.cache.text_shape) if self._text else None)
 
     def announce(self, ids: np.ndarray) -> None:
         self.cache.announce(ids)
 
     def fill(
-        self, out: Tensor, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
+        self, out: Buffer, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
     ) -> tuple[list[str], list[str]]:
         attempts: dict[int, int] = {}
 
@@ -268,13 +287,20 @@ class LatentSource(SampleSource[LatentBatch]):
         mirrored = None
         if self._mirror:
             mirrored = (rng.uniform(self._seed, "mirror", torch.from_numpy(positions)) < 0.5).tolist()
-        _, captions, keys = self.cache.read(ids, out.numpy(), into=rows, mirrored=mirrored, substitute=substitute)
+        _, captions, keys = self.cache.read(
+            ids,
+            out.samples.numpy(),
+            into=rows,
+            mirrored=mirrored,
+            text=None if out.inputs is None else out.inputs.numpy(),
+            substitute=substitute,
+        )
         return keys, captions if self._captions is None else self._captions(keys, captions, positions)
 
     def batch(
-        self, positions_B: Tensor, keys: list[str], captions: list[str], out: Tensor, inputs: Tensor | None
+        self, positions_B: Tensor, keys: list[str], captions: list[str], samples: Tensor, inputs: Tensor | None
     ) -> LatentBatch:
-        return LatentBatch(positions_B, keys, captions, out, inputs)
+        return LatentBatch(positions_B, keys, captions, samples, inputs)
 
     def counts(self, position: int) -> dict[str, float]:
         return {"data/epoch": position / self.order.n}
@@ -307,23 +333,23 @@ class ImageSource(SampleSource[ImageBatch]):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.substitutes = Substitutes(n=shards.n, seed=seed, max_bad_share=max_bad_share, on_bad=on_bad)
 
-    def buffer(self, batch: int, *, pinned: bool) -> Tensor:
+    def buffer(self, batch: int, *, pinned: bool) -> Buffer:
         """(B, 3, S, S) float32."""
         side = self.transform.config.size
-        return torch.empty((batch, 3, side, side), dtype=torch.float32, pin_memory=pinned)
+        return Buffer(torch.empty((batch, 3, side, side), dtype=torch.float32, pin_memory=pinned))
 
     def announce(self, ids: np.ndarray) -> None:
         self.shards.announce(ids)
 
     def fill(
-        self, out: Tensor, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
+        self, out: Buffer, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
     ) -> tuple[list[str], list[str]]:
         self.substitutes.count(len(positions))
         uniforms = rng.uniform(self.seed, "transform", torch.from_numpy(positions), (UNIFORMS,)).numpy()
 
         def one(i: int) -> Sample:
             sample, pixels = self._read_or_substitute(int(positions[i]), int(ids[i]), uniforms[i])
-            out[rows[i]] = from_uint8(torch.from_numpy(pixels)).permute(2, 0, 1)
+            out.samples[rows[i]] = from_uint8(torch.from_numpy(pixels)).permute(2, 0, 1)
             return sample
 
         read = list(self._pool.map(one, range(len(positions))))
@@ -331,9 +357,9 @@ class ImageSource(SampleSource[ImageBatch]):
         return keys, captions if self._captions is None else self._captions(keys, captions, positions)
 
     def batch(
-        self, positions_B: Tensor, keys: list[str], captions: list[str], out: Tensor, inputs: Tensor | None
+        self, positions_B: Tensor, keys: list[str], captions: list[str], samples: Tensor, inputs: Tensor | None
     ) -> ImageBatch:
-        return ImageBatch(positions_B, keys, captions, out, inputs)
+        return ImageBatch(positions_B, keys, captions, samples, inputs)
 
     def counts(self, position: int) -> dict[str, float]:
         return {"data/epoch": position / self.order.n}
@@ -373,11 +399,12 @@ class MixedSource(SampleSource[BatchOut]):
         self._first = next(iter(self.sources.values()))
         self.prepare = self._first.prepare
         self.order_id = joined_id({name: source.order_id for name, source in self.sources.items()})
-        shapes = {name: tuple(source.buffer(1, pinned=False).shape[1:]) for name, source in self.sources.items()}
+        buffers = {name: source.buffer(1, pinned=False) for name, source in self.sources.items()}
+        shapes = {name: tuple(buffer.samples.shape[1:]) for name, buffer in buffers.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"data.mixture joins samples of different shapes: {shapes}; one shape fits a batch")
 
-    def buffer(self, batch: int, *, pinned: bool) -> Tensor:
+    def buffer(self, batch: int, *, pinned: bool) -> Buffer:
         return self._first.buffer(batch, pinned=pinned)
 
     def announce(self, ids: np.ndarray) -> None:
@@ -386,7 +413,7 @@ class MixedSource(SampleSource[BatchOut]):
             source.announce(own_B[source_B == number])
 
     def fill(
-        self, out: Tensor, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
+        self, out: Buffer, rows: Sequence[int], positions: np.ndarray, ids: np.ndarray
     ) -> tuple[list[str], list[str]]:
         keys, captions = [""] * len(ids), [""] * len(ids)
         source_B, own_B = self._joined.split(ids)
@@ -399,9 +426,9 @@ class MixedSource(SampleSource[BatchOut]):
         return keys, captions
 
     def batch(
-        self, positions_B: Tensor, keys: list[str], captions: list[str], out: Tensor, inputs: Tensor | None
+        self, positions_B: Tensor, keys: list[str], captions: list[str], samples: Tensor, inputs: Tensor | None
     ) -> BatchOut:
-        return self._first.batch(positions_B, keys, captions, out, inputs)
+        return self._first.batch(positions_B, keys, captions, samples, inputs)
 
     def counts(self, position: int) -> dict[str, float]:
         """Of each source too how many of its samples are due by weight, and how many were read."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_scale.conditioning.clip_text import ClipTextConfig
 from ldm_scale.core import runtime, storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config as jobs_config
@@ -37,6 +38,8 @@ class Parent:
     """Which numbers of a checkpoint: `weight`, `ema/HALF_LIFE`, or `all`; None for a weights directory."""
     parts: Mapping[str, Any]
     """Its first stage, or its U-Net, conditioning and diffusion, as JSON values."""
+    left_out: str | None = None
+    """Prefix of its tensors that the run does not train: those of a frozen text encoder."""
     latent_scale: float | None
     """What its U-Net's latents were multiplied by; None for a first stage."""
 
@@ -78,7 +81,8 @@ class Parent:
 
     def _tensors(self) -> dict[str, Tensor]:
         if self.kind is None:
-            return weights.load(self.where).tensors
+            held = weights.load(self.where).tensors
+            return {n: t for n, t in held.items() if self.left_out is None or not n.startswith(self.left_out)}
         return checkpoint.read_consolidated(self.where, self.kind)[1]
 
 
@@ -134,7 +138,8 @@ def _from_weights(job: jobs_config.TrainJob, given: Path) -> Parent:
             f"init_what={job.init_what.name}, but {where} holds one set of weights and no training: init_what=weights"
         )
     parts = {"first_stage": config[name]} if job.trains_first_stage else config[name]
-    return Parent(where=where, kind=None, parts=parts, latent_scale=config.get("latent_scale"))
+    left_out = "conditioner." if isinstance(job.conditioning, ClipTextConfig) else None
+    return Parent(where=where, kind=None, parts=parts, left_out=left_out, latent_scale=config.get("latent_scale"))
 
 
 def _say_differences(job: jobs_config.TrainJob, parent: Parent) -> None:

@@ -30,7 +30,7 @@ from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.data.config import DataConfig
+from ldm_scale.data.config import DataConfig, Origin
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.identity import IdentityConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -205,7 +205,7 @@ _UNTRAINED_FIRST_STAGES: Mapping[type, str] = {
     AutoencoderVQConfig: "its codebook and adversarial losses are to come",
     IdentityConfig: "it has no weights",
 }
-_UNTRAINED_CONDITIONERS = (ClassLabelConfig, ClipTextConfig, ConcatConfig, LabelMapConfig, LayoutConfig)
+_UNTRAINED_CONDITIONERS = (ClassLabelConfig, ConcatConfig, LabelMapConfig, LayoutConfig)
 
 
 class InitWhat(Enum):
@@ -246,15 +246,33 @@ class TrainJob(Experiment):
         if type(self.conditioning) in _UNTRAINED_CONDITIONERS:
             raise ValueError(
                 f"conditioning={_kind_of(self.conditioning)} cannot be trained yet: batches carry no other condition "
-                "than captions for a text_transformer. These can: +experiment=txt2img_laion, "
+                "than captions for a text_transformer or a clip_text. These can: +experiment=txt2img_laion, "
                 "+experiment=uncond_lsun_churches"
             )
+        if isinstance(self.conditioning, ClipTextConfig):
+            _require_own_captions(self.data)
         if self.init is None and self.init_what is not InitWhat.weights:
             raise ValueError(f"init_what={self.init_what.name} without init=RUN: say what to start from")
         if self.trains_first_stage and self.first_stage.checkpoint is not None:
             raise ValueError(
                 f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage: "
                 f"init={self.first_stage.checkpoint} starts it from those weights"
+            )
+
+
+def _require_own_captions(data: DataConfig) -> None:
+    """For a frozen text encoder: its output is cached, of the captions that the images came with.
+
+    raises  ValueError naming the key
+    """
+    why = "conditioning=clip_text trains on embeddings that a latent cache holds of its own captions"
+    if data.source is Origin.images:
+        raise ValueError(f"data.source=images, but {why}: data.source=latents")
+    for name, part in {"data": data, **{f"data.mixture.{key}": part for key, part in data.mixture.items()}}.items():
+        if part.captions.file:
+            raise ValueError(
+                f"{name}.captions.file={part.captions.file}, but {why}: make shards of the images with those captions "
+                "(data_tools.make_shards), and precompute"
             )
 
 
@@ -291,6 +309,8 @@ class PrecomputeConfig:
     """Compile the encoder: a minute or more before the first image, faster from then on."""
     flip: bool = False
     """Store the latent of each image's mirror image too, as `{key}.flip.npy`: twice the work and the space."""
+    text_embeddings: bool = False
+    """Store what a frozen text encoder (conditioning=clip_text) makes of each caption, as `{key}.text.npy`."""
     overwrite: bool = False
     """Replace a cache that was made with other settings, instead of refusing it."""
 
@@ -315,6 +335,14 @@ class PrecomputeJob(Experiment):
 
     precompute: PrecomputeConfig
     """How images become latents."""
+
+    def __post_init__(self) -> None:
+        Experiment.__post_init__(self)
+        if self.precompute.text_embeddings and not isinstance(self.conditioning, ClipTextConfig):
+            raise ValueError(
+                f"precompute.text_embeddings=true with conditioning={_kind_of(self.conditioning)}: only what a frozen "
+                "text encoder says can be cached, that of conditioning=clip_text: +experiment=stable_diffusion_v1"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,7 +6,8 @@ Each arrow is a bounded queue between two threads, so all of it overlaps, across
 processes on any hosts share the queue through claims. A shard is written in a place of its own and moved to its name
 when it is whole, its record last: processes may come, go and be killed, and work done twice is merely done for nothing.
 
-Letters: B images of a batch, M channels of the moments, H W height and width of images, h w of latents.
+Letters: B images of a batch, M channels of the moments, H W height and width of images, h w of latents, L D tokens of
+a caption and their width.
 """
 
 import glob
@@ -27,9 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_scale.conditioning.clip_text import ClipTextConditioner
 from ldm_scale.core import progress, runtime, storage
 from ldm_scale.data.cache import (
     MIRRORED,
+    TEXT,
     CacheShardWriter,
     ShardRecord,
     done_record,
@@ -69,6 +72,8 @@ class CacheIdentity:
     """kind, config, sha256 of the weights."""
     transform: dict[str, Any]
     kind: MomentsKind
+    text: dict[str, Any] | None
+    """kind, config, sha256 of the weights, vocabulary and shape of the text encoder, if one embeds the captions."""
 
     @property
     def fingerprint(self) -> str:
@@ -121,13 +126,15 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A batch with its moments.
+    """A batch with its moments, and the tokens of its captions.
 
     moments  (B, M, h, w) float16 on the device, then those of the mirrored images where wanted; none where B = 0
+    text     (B, L, D) float16 on the device; None where not wanted, or B = 0
     """
 
     batch: _Batch
     moments: list[Tensor]
+    text: Tensor | None
 
 
 class Pipeline:
@@ -147,11 +154,12 @@ class Pipeline:
         threads: int,
         max_bad_share: float,
         preemption: runtime.Preemption,
+        text_encoder: ClipTextConditioner | None = None,
     ) -> None:
         self.tars, self.identity, self.folder = tars, identity, folder
         self._config, self._encoder, self._claims, self._preemption = config, encoder, claims, preemption
         self._fields, self._transform, self._threads = task.fields, transform, threads
-        self._max_bad_share = max_bad_share
+        self._max_bad_share, self._text_encoder = max_bad_share, text_encoder
         self._blank = RemovalList.read([own] if storage.exists(own := f"{folder}/{SIDECARS}/{REMOVED}") else [])
         self._read, self._bad = 0, 0
 
@@ -262,16 +270,18 @@ class Pipeline:
 
     def _encoded(self, batches: Iterable[_Batch]) -> Iterator[_Encoded]:
         for batch in batches:
-            moments: list[Tensor] = []
+            moments, text = list[Tensor](), None
             if batch.pixels is not None:
                 moments = [self._encoder(batch.pixels)]
                 if self._config.flip:
                     moments.append(self._encoder(batch.pixels, mirrored=True))
                 with_bars = sum(image.has_bars for image in batch.images)
+                if self._text_encoder is not None:
+                    text = self._text_encoder.encode([image.caption for image in batch.images]).half()
                 batch.shard.auditor.take(batch.pixels, moments[0], with_bars=with_bars)
             if batch.is_last:
                 batch.shard.decoded = batch.shard.auditor.decode(self._encoder)
-            yield _Encoded(batch, moments)
+            yield _Encoded(batch, moments, text)
 
     def _write(self, batches: Iterable[_Encoded], bar: progress.Bar) -> None:
         writer: _Writer | None = None
@@ -334,20 +344,21 @@ class _Writer:
         self._lowest, self._highest = np.inf, -np.inf
 
     def add(self, encoded: _Encoded) -> list[Rejection]:
-        """Append a batch; returns the images whose moments are no numbers in float16."""
-        stored = [moments_BMhw.cpu().numpy() for moments_BMhw in encoded.moments]
+        """Append a batch; returns the images whose moments or tokens are no numbers in float16."""
+        text = [] if encoded.text is None else [encoded.text]
+        stored = [part.cpu().numpy() for part in (*encoded.moments, *text)]
+        names = [MIRRORED] * (len(encoded.moments) - 1) + [TEXT] * len(text)
         rejected: list[Rejection] = []
-        for image, *moments_Mhw in zip(encoded.batch.images, *stored, strict=True):
-            if not all(np.isfinite(moments).all() for moments in moments_Mhw):
+        for image, *arrays in zip(encoded.batch.images, *stored, strict=True):
+            if not all(np.isfinite(array).all() for array in arrays):
                 rejected.append(Rejection("not_finite", image.key, 0))
                 continue
             if image.is_blank:
-                moments_Mhw = [np.zeros_like(moments) for moments in moments_Mhw]
-            members = dict(image.members)
-            for flipped in moments_Mhw[1:]:
-                members[MIRRORED] = npy_header(flipped.shape) + flipped.tobytes()
-            self._shard.add(image.key, moments_Mhw[0], image.caption, members=members)
-            mean = moments_Mhw[0] if self._kind is MomentsKind.POINT else np.split(moments_Mhw[0], 2)[0]
+                arrays = [np.zeros_like(array) for array in arrays]
+            moments_Mhw, *others = arrays
+            extra = {name: npy_header(a.shape) + a.tobytes() for name, a in zip(names, others, strict=True)}
+            self._shard.add(image.key, moments_Mhw, image.caption, members=image.members | extra)
+            mean = moments_Mhw if self._kind is MomentsKind.POINT else np.split(moments_Mhw, 2)[0]
             self._lowest = min(self._lowest, float(mean.min()))
             self._highest = max(self._highest, float(mean.max()))
         return rejected

@@ -151,11 +151,11 @@ def activation_bytes(job: jobs_config.Experiment, precision: Precision, batch: i
 def _measure(job: jobs_config.Experiment, precision: Precision, batch: int) -> "_Live":
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     with torch.device("meta"):
-        module: nn.Module = job.first_stage.build() if job.trains_first_stage else job.latent_diffusion.build()
+        module: nn.Module = job.first_stage.build() if job.trains_first_stage else job.latent_diffusion.build_trained()
         given = None if job.trains_first_stage else conditioner_inputs(job)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=dtype))
-        forward = _forward(job, module, batch, None if given is None else given.shape)
+        forward = _forward(job, module, batch, given)
         live = _Live(module)
         with live, _Fused(), _autocast(dtype):
             kept = forward()
@@ -164,18 +164,15 @@ def _measure(job: jobs_config.Experiment, precision: Precision, batch: int) -> "
     return live
 
 
-def _forward(job: jobs_config.Experiment, module: Any, batch: int, inputs: torch.Size | None) -> Callable[[], object]:
-    """A call of the network on a batch of nothing; `inputs` is the shape of one sample's condition."""
+def _forward(job: jobs_config.Experiment, module: Any, batch: int, inputs: Tensor | None) -> Callable[[], object]:
+    """A call of the network on a batch of nothing; `inputs` is like one sample's condition."""
     side = job.data.transform.size
     z_BCHW = torch.empty(batch, *job.first_stage.latent_shape(side))
     if job.trains_first_stage:
         images_BCHW = torch.empty(batch, 3, side, side)
         return lambda: module(images_BCHW, z_BCHW)
     t_B = torch.zeros(batch, dtype=torch.int64)
-    told = None
-    if inputs is not None:
-        maps = len(inputs) == 4
-        told = torch.zeros(batch, *inputs[1:], dtype=torch.float32 if maps else torch.int64)
+    told = None if inputs is None else torch.zeros(batch, *inputs.shape[1:], dtype=inputs.dtype)
     return lambda: module.network(z_BCHW, t_B, **module.conditions(told)).float().square().mean()
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ldm_scale.conditioning.base import ConditionerConfig
+from ldm_scale.conditioning.clip_text import ClipTextConditioner, ClipTextConfig
 from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.config import DataConfig
@@ -42,6 +44,19 @@ def first_stage_weights(config: FirstStageConfig) -> Path:
         f"first_stage.checkpoint={config.checkpoint}: neither a weights directory nor a finished training run. "
         "Train it (accelerate launch train.py +experiment=autoencoder_...), or fetch published weights"
     )
+
+
+def text_encoder(config: ConditionerConfig | None) -> ClipTextConditioner | None:
+    """The pretrained text encoder of a conditioner that is frozen, with its tokenizer; None for any other.
+
+    raises  FileNotFoundError where `conditioning.model` is not there, ValueError where it is another network
+    """
+    if not isinstance(config, ClipTextConfig):
+        return None
+    encoder = config.build()
+    encoder.load_tokenizer()
+    encoder.load_pretrained()
+    return encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,20 +120,27 @@ class TrainingRun(ModelSource):
 
     def load(self, device: torch.device) -> TrainedModel:
         state, tensors = checkpoint.read_consolidated(self.checkpoint, self._kind)
-        model = self.config.build()
+        model = self.config.build_trained()
         weights.load_exactly(model, tensors, str(self.checkpoint))
+        if (encoder := text_encoder(self.config.conditioning)) is not None:
+            self._require_trained_on("text encoder", encoder, state["text_encoder_sha256"], encoder.config.model)
+            model.conditioner = encoder
         trained_on = first_stage(self.first_stage)
-        if trained_on.digest() != state["first_stage_sha256"]:
-            raise ValueError(
-                f"{self.checkpoint} was trained on first stage {state['first_stage_sha256'][:12]}, but "
-                f"{self.first_stage.checkpoint} now holds {trained_on.digest()[:12]}"
-            )
+        self._require_trained_on("first stage", trained_on, state["first_stage_sha256"], self.first_stage.checkpoint)
         return TrainedModel(
             model=model.requires_grad_(False).eval().to(device),
             first_stage=trained_on.to(device),
             latent_scale=state["latent_scale"],
             described=f"{self._which} at {state['images_seen']:,} images",
         )
+
+    def _require_trained_on(
+        self, what: str, network: FirstStage | ClipTextConditioner, sha256: str, where: str | None
+    ) -> None:
+        if (found := network.digest()) != sha256:
+            raise ValueError(
+                f"{self.checkpoint} was trained on {what} {sha256[:12]}, but {where} now holds {found[:12]}"
+            )
 
 
 class ModelDirectory(ModelSource):

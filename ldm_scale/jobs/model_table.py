@@ -185,21 +185,24 @@ def measure_first_stage(job: jobs_config.Experiment) -> FirstStageFigures:
 def measure_diffusion(job: jobs_config.Experiment) -> DiffusionFigures:
     """What the second stage of this experiment is made of."""
     with torch.device("meta"):
-        model = job.latent_diffusion.build()
+        model = job.latent_diffusion.build_trained()
+        conditioner = None if job.conditioning is None else job.conditioning.build()
         z_BCHW = torch.empty(1, *job.first_stage.latent_shape(job.data.transform.size))
         t_B, told = torch.zeros(1, dtype=torch.int64), model.conditions(conditioner_inputs(job))
         gflop = _gflop(lambda: model.network(z_BCHW, t_B, **told))
-    return DiffusionFigures(parameters(model.unet), gflop, parameters(model.conditioner))
+    return DiffusionFigures(parameters(model.unet), gflop, parameters(conditioner))
 
 
 def conditioner_inputs(job: jobs_config.Experiment) -> Tensor | None:
-    """Prepared inputs of one sample, all zero, on torch's default device; None for an unconditional model."""
+    """What a training gives its conditioner of one sample, all zero, on torch's default device; None for none."""
     _, height, width = job.first_stage.latent_shape(job.data.transform.size)
     told = job.conditioning
     match told:
         case None:
             return None
-        case TextTransformerConfig() | ClipTextConfig():
+        case ClipTextConfig():
+            return torch.zeros(1, told.max_length, told.width, dtype=torch.float16)
+        case TextTransformerConfig():
             return torch.zeros(1, told.max_length, dtype=torch.int64)
         case LayoutConfig():
             return torch.zeros(1, 3 * told.max_objects + 2 * told.crop, dtype=torch.int64)

@@ -17,21 +17,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldm_scale.data.cache import NPY_HEADER_BYTES
+from ldm_scale.conditioning.clip_text import ClipTextConfig
 from ldm_scale.data.config import Origin
 from ldm_scale.data.tar import BLOCK
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import preflight, speed
 from ldm_scale.jobs.footprint import Footprint, activation_bytes, checkpointing_everything, footprint
 from ldm_scale.jobs.model_table import conditioner_inputs, parameters
-from ldm_scale.jobs.precompute import moments_of
+from ldm_scale.jobs.precompute import member_bytes, moments_of, text_shape
 from ldm_scale.jobs.preflight import Check
 from ldm_scale.jobs.speed import Machine, Step, Work
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
@@ -179,7 +178,9 @@ def measure(job: jobs_config.Experiment) -> Figures:
             showing_flops=grid / 2 * (encode + decode),
         )
     with torch.device("meta"):
-        model, t_B, inputs = job.latent_diffusion.build(), torch.zeros(1, dtype=torch.int64), conditioner_inputs(job)
+        model = job.latent_diffusion.build_trained()
+        conditioner = None if job.conditioning is None else job.conditioning.build()
+        t_B, inputs = torch.zeros(1, dtype=torch.int64), conditioner_inputs(job)
         told = model.conditions(inputs)
         forward, denoise = (
             _flops(lambda: model.network(z_BCHW, t_B, **model.conditions(inputs))),
@@ -188,7 +189,7 @@ def measure(job: jobs_config.Experiment) -> Figures:
     draw = denoise * job.sampler.steps * (1 if job.sampler.guidance == 1 else 2) + decode
     return Figures(
         parameters=parameters(model),
-        frozen_bytes=4 * parameters(first),
+        frozen_bytes=4 * (parameters(first) + parameters(conditioner) - parameters(model.conditioner)),
         forward_flops=forward,
         encoder_flops=encode,
         evaluation_flops=scores * (draw + BUCKETS * forward),
@@ -258,12 +259,12 @@ def _recomputes(job: jobs_config.Experiment) -> bool:
 
 
 def _cached_bytes(job: jobs_config.Experiment) -> int:
-    """Of one image in a latent cache: blocks of the latent and of the caption, index and metadata."""
+    """Of one image in a latent cache: blocks of the latent and of the caption (and its tokens), index and metadata."""
     if job.trains_first_stage or job.data.source is Origin.images:
         return 0
     _, shape = moments_of(job.first_stage, job.data.transform.size)
-    content = NPY_HEADER_BYTES + 2 * int(np.prod(shape))
-    return BLOCK + -(-content // BLOCK) * BLOCK + 2 * BLOCK + _TEXT_BYTES
+    text = member_bytes(text_shape(job.conditioning)) if isinstance(job.conditioning, ClipTextConfig) else 0
+    return member_bytes(shape) + text + 2 * BLOCK + _TEXT_BYTES
 
 
 def show(found: Plan, console: Console) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from ldm_scale.conditioning.clip_text import ClipTextConditioner, ClipTextConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.conditioning.tokenizer import train_wordpiece
 from ldm_scale.core import progress, runtime, storage
@@ -62,7 +63,8 @@ def run(job: jobs_config.PrecomputeJob) -> None:
     estimate = Estimate.of(job, tars, folder)
     estimate.require_space()
     first_stage = loading.first_stage(job.first_stage)
-    made_by = identity(job, first_stage)
+    text_encoder = loading.text_encoder(job.conditioning) if job.precompute.text_embeddings else None
+    made_by = identity(job, first_stage, text_encoder)
     _begin(folder, made_by, job.precompute, tars)
     encoder = ImageEncoder(job.precompute, first_stage, made_by.kind, runtime.device())
     with Claims(folder / STAGING) as claims:
@@ -78,6 +80,7 @@ def run(job: jobs_config.PrecomputeJob) -> None:
             threads=job.data.threads,
             max_bad_share=job.data.max_bad_share,
             preemption=preemption,
+            text_encoder=None if text_encoder is None else text_encoder.to(runtime.device()),
         )
         if estimate.images:
             estimate.say(_speed(encoder, job.precompute, transform.config.size, estimate.images))
@@ -86,7 +89,9 @@ def run(job: jobs_config.PrecomputeJob) -> None:
         claims.sweep()
 
 
-def identity(job: jobs_config.Experiment, first_stage: FirstStage) -> CacheIdentity:
+def identity(
+    job: jobs_config.Experiment, first_stage: FirstStage, text_encoder: ClipTextConditioner | None = None
+) -> CacheIdentity:
     """What a cache must have been made with to be this experiment's."""
     config = jobs_config.to_plain(job.first_stage)
     name = config.pop("schema")
@@ -97,7 +102,33 @@ def identity(job: jobs_config.Experiment, first_stage: FirstStage) -> CacheIdent
         first_stage={"kind": name, "config": config, "sha256": first_stage.digest()},
         transform=job.data.transform.build().fingerprint(),
         kind=kind,
+        text=None if text_encoder is None else _text_identity(text_encoder),
     )
+
+
+def _text_identity(encoder: ClipTextConditioner) -> dict[str, Any]:
+    config = jobs_config.to_plain(encoder.config)
+    name = config.pop("schema")
+    for key in ("model", "dropout"):
+        del config[key]
+    return {
+        "kind": name,
+        "config": config,
+        "sha256": encoder.digest(),
+        "vocabulary": encoder.load_tokenizer().digest(),
+        "shape": list(text_shape(encoder.config)),
+    }
+
+
+def text_shape(config: ClipTextConfig) -> tuple[int, int]:
+    """(L, D) of what a frozen text encoder makes of a caption."""
+    return config.max_length, config.width
+
+
+def member_bytes(shape: Sequence[int]) -> int:
+    """What a float16 array takes in a tar."""
+    content = NPY_HEADER_BYTES + 2 * int(np.prod(shape))
+    return BLOCK + -(-content // BLOCK) * BLOCK
 
 
 def moments_of(config: FirstStageConfig, size: int) -> tuple[MomentsKind, tuple[int, ...]]:
@@ -119,7 +150,7 @@ class Estimate:
     images: int
     """By the sizes of the tars, where some have no index yet."""
     bytes: int
-    """Of the latents."""
+    """Of the latents, and of the embeddings of captions."""
     free: int
     """Bytes where the cache goes."""
     folder: Path
@@ -131,12 +162,13 @@ class Estimate:
         wanted = range(len(tars.names))[: job.precompute.limit_shards or None]
         left = [tar for tar in wanted if not done_record(folder / tars.names[tar]).exists()]
         images = tars.samples(left)
-        content = NPY_HEADER_BYTES + 2 * int(np.prod(shape))
-        latent = BLOCK + -(-content // BLOCK) * BLOCK
+        latent, text = member_bytes(shape) * (1 + job.precompute.flip), 0
+        if job.precompute.text_embeddings and isinstance(job.conditioning, ClipTextConfig):
+            text = member_bytes(text_shape(job.conditioning))
         return cls(
             shards=len(left),
             images=images,
-            bytes=images * (latent * (1 + job.precompute.flip) + 2 * BLOCK + _CAPTION_BYTES),
+            bytes=images * (latent + text + 2 * BLOCK + _CAPTION_BYTES),
             free=shutil.disk_usage(
                 next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
             ).free,
@@ -200,17 +232,17 @@ def _begin(folder: Path, made_by: CacheIdentity, config: jobs_config.PrecomputeC
     raises  ValueError naming what differs
     """
     note, manifest = folder / SIDECARS / "precompute.json", folder / "manifest.json"
-    ours = _settings(made_by.first_stage, made_by.transform, made_by.kind) | {
+    ours = _settings(made_by.first_stage, made_by.transform, made_by.kind, made_by.text) | {
         "precompute.precision": config.precision.value,
         "precompute.flip": config.flip,
         "data.selection": [selection.digest[:12] for selection in tars.selections],
     }
     theirs: dict[str, Any] = {}
     if note.exists():
-        theirs = storage.read_json(note)
+        theirs = _settings_of_text(None) | storage.read_json(note)
     elif manifest.exists():
         found = CacheManifest.read_from(str(folder))
-        theirs = _settings(found.first_stage, found.transform, found.kind)
+        theirs = _settings(found.first_stage, found.transform, found.kind, found.text)
     differing = [f"{key}={value} (now {ours[key]})" for key, value in theirs.items() if value != ours[key]]
     if differing and not config.overwrite:
         raise ValueError(
@@ -225,12 +257,19 @@ def _begin(folder: Path, made_by: CacheIdentity, config: jobs_config.PrecomputeC
         storage.write_json(note, ours)
 
 
-def _settings(first_stage: dict[str, Any], transform: dict[str, Any], kind: str) -> dict[str, Any]:
+def _settings(
+    first_stage: dict[str, Any], transform: dict[str, Any], kind: str, text: dict[str, Any] | None
+) -> dict[str, Any]:
     return {
         "first_stage": f"{first_stage['kind']} {first_stage['sha256'][:12]}",
         **{f"data.transform.{key}": value for key, value in transform.items()},
         "moments": str(kind),
+        **_settings_of_text(text),
     }
+
+
+def _settings_of_text(text: dict[str, Any] | None) -> dict[str, Any]:
+    return {"precompute.text_embeddings": text and f"{text['kind']} {storage.digest(text)[:12]}"}
 
 
 def _wanted(pipeline: Pipeline, limit: int) -> list[int]:
@@ -318,6 +357,7 @@ def _finish(
         first_stage=made_by.first_stage | how,
         transform=made_by.transform,
         kind=str(made_by.kind),
+        text=made_by.text,
     )
     grown = before is not None and all(record in records for record in before.shards)
     _train_vocabulary(job, folder, keep=grown)
@@ -361,6 +401,7 @@ def _say(job: jobs_config.PrecomputeJob, folder: Path, manifest: CacheManifest, 
         f"latent mean {manifest.latent_mean:.3f}, std {manifest.latent_std:.3f} (scale {1 / manifest.latent_std:.4f})\n"
         f"  encoder     {job.precompute.precision.value}"
         + (f", off float32 by {error:.2%} of the latents' size" if error else "")
+        + (f"\n  captions    {' x '.join(map(str, manifest.text['shape']))} float16 each" if manifest.text else "")
         + f"\n  audit       {min(audits):.1f} to {max(audits):.1f} dB over {len(audits)} shards\n"
         f"  next        accelerate launch train.py +experiment={job.experiment} data.latents={folder}\n"
     )

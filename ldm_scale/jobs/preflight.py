@@ -12,7 +12,7 @@ import numpy as np
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.conditioning.tokenizer import load_tokenizer
 from ldm_scale.core import runtime
-from ldm_scale.data.cache import require_match
+from ldm_scale.data.cache import require_match, require_text
 from ldm_scale.data.config import Origin
 from ldm_scale.evaluation.features import InceptionFeatures
 from ldm_scale.first_stage.loss import perceptual_network
@@ -110,6 +110,8 @@ def _memory(job: jobs_config.TrainJob, needs: Needs) -> str:
 
 def _conditions(job: jobs_config.TrainJob) -> str:
     told = job.conditioning
+    if (encoder := loading.text_encoder(told)) is not None:
+        return f"text encoder {encoder.config.model}, frozen: its output is cached"
     if not isinstance(told, TextTransformerConfig):
         return "none" if told is None else type(told).__name__.removesuffix("Config")
     with_latents = job.data.latents is not None and told.tokenizer.startswith(job.data.latents)
@@ -134,11 +136,13 @@ def _data(job: jobs_config.TrainJob) -> str:
         if not job.data.images:
             raise
         raise ToDo(f"{error}. Images are there: {_images(job)}; next: {_REMEDY}") from error
-    wanted = identity(job, loading.first_stage(job.first_stage))
+    wanted = identity(job, loading.first_stage(job.first_stage), loading.text_encoder(job.conditioning))
     for cache in caches.values():
         require_match(
             cache.manifest, wanted.fingerprint, wanted_first_stage=wanted.first_stage["sha256"], where=cache.folder
         )
+        if wanted.text is not None:
+            require_text(cache, wanted.text)
         cache.read(_some(cache.n))
     return f"{sum(cache.n for cache in caches.values()):,} latents, made by this first stage and transform"
 

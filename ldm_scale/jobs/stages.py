@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm_scale.conditioning.clip_text import CachedTextConditioner
 from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.tensors import to_uint8
-from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match
+from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match, require_text
 from ldm_scale.data.config import DataConfig, Origin
 from ldm_scale.data.shards import ShardSet
 from ldm_scale.data.sources import ImageBatch, OnBad, SampleSource
@@ -139,7 +140,10 @@ class AutoencoderStage(Stage):
 
 
 class DiffusionStage(Stage):
-    """Second stage: a diffusion model on latents of a frozen first stage, cached or encoded in every step."""
+    """Second stage: a diffusion model on latents of a frozen first stage, cached or encoded in every step.
+
+    A frozen text encoder is outside of it too: its output is cached with the latents.
+    """
 
     def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
         self._job = job
@@ -149,12 +153,17 @@ class DiffusionStage(Stage):
         loading.first_stage_weights(job.first_stage)
         self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
         self._first_stage = loading.first_stage(job.first_stage).to(device)
-        self.module: LatentDiffusion = job.latent_diffusion.build()
+        self._text_encoder = loading.text_encoder(job.conditioning)
+        self.module: LatentDiffusion = job.latent_diffusion.build_trained()
         prepare = None if self.module.conditioner is None else self.module.conditioner.prepare
+        if self._text_encoder is not None and isinstance(self.module.conditioner, CachedTextConditioner):
+            self.module.conditioner.use(self._text_encoder.to(device))
+            prepare = None
         if is_cached:
             kind = self._kind_of(list(caches.values()))
             self._moments: CachedMoments | EncodedMoments = CachedMoments(kind)
-            self.source = job.data.latent_source(caches, job.seed, prepare, on_bad)
+            embedded = self._text_encoder is not None
+            self.source = job.data.latent_source(caches, job.seed, prepare, on_bad, text=embedded)
             std = latent_std(list(caches.values()), job.data.weights)
         else:
             self._moments = encoded = EncodedMoments(self._first_stage)
@@ -167,13 +176,15 @@ class DiffusionStage(Stage):
     def _kind_of(self, caches: Sequence[LatentCache]) -> MomentsKind:
         """What the moments of all caches are.
 
-        raises  ValueError where one was made by another first stage or transform
+        raises  ValueError where one was made by another first stage, transform or text encoder
         """
-        wanted = identity(self._job, self._first_stage)
+        wanted = identity(self._job, self._first_stage, self._text_encoder)
         for cache in caches:
             require_match(
                 cache.manifest, wanted.fingerprint, wanted_first_stage=wanted.first_stage["sha256"], where=cache.folder
             )
+            if wanted.text is not None:
+                require_text(cache, wanted.text)
         return MomentsKind(wanted.kind)
 
     def _std_of_first_batch(
@@ -242,7 +253,7 @@ class DiffusionStage(Stage):
 
     def flops_per_image(self) -> float:
         with torch.device("meta"):
-            model = self._job.latent_diffusion.build()
+            model = self._job.latent_diffusion.build_trained()
             z, t = torch.empty(1, *self._latent_shape), torch.zeros(1, dtype=torch.int64)
             inputs = (
                 None
@@ -252,13 +263,18 @@ class DiffusionStage(Stage):
         return training_flops(lambda: model.network(z, t, **model.conditions(inputs)), images=1)
 
     def state(self) -> dict[str, Any]:
+        encoder = self._text_encoder
         return {
             **Stage.state(self),
             "latent_scale": self._latent_scale,
             "first_stage_sha256": self._first_stage.digest(),
+            **({} if encoder is None else {"text_encoder_sha256": encoder.digest()}),
         }
 
     def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
+        if self._text_encoder is not None:  # so that the directory is a whole model
+            frozen = self._text_encoder.state_dict().items()
+            tensors = tensors | {f"conditioner.{name}": tensor for name, tensor in frozen}
         plain = jobs_config.to_plain(self._job.latent_diffusion)
         weights.save(run_dir.weights, {"latent_diffusion": plain, "latent_scale": self._latent_scale}, tensors)
 
@@ -285,7 +301,7 @@ class DiffusionStage(Stage):
             self._first_stage.encode(images_BCHW.to(device)).mean
             for images_BCHW in self._held_out.images_NCHW.split(batch)
         ]
-        inputs = None if conditioner is None else conditioner.prepare(self._held_out.captions).to(device)
+        inputs = None if conditioner is None else conditioner.prepare(self._held_out.captions)
         return HeldOut(torch.cat(parts) * self._latent_scale, inputs, self._job.seed, batch)
 
 

@@ -52,6 +52,11 @@ class LatentDiffusionConfig:
         conditioner = self.conditioning.build() if self.conditioning is not None else None
         return LatentDiffusion(self, conditioner)
 
+    def build_trained(self) -> "LatentDiffusion":
+        """The same without what is frozen: what an engine trains and a checkpoint holds."""
+        conditioner = self.conditioning.build_trained() if self.conditioning is not None else None
+        return LatentDiffusion(self, conditioner)
+
 
 class LatentDiffusion(nn.Module):
     """U-Net and conditioner; `forward` is the loss, so that whatever wraps the module wraps the training step."""

@@ -20,10 +20,10 @@ BUCKETS = 10
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Held-out latents and what belongs to them, on the model's device.
+    """Held-out latents and what belongs to them.
 
-    z_0_NCHW  clean latents, scaled to unit variance
-    inputs    the conditioner's inputs for each, or None for an unconditional model
+    z_0_NCHW  clean latents, scaled to unit variance, on the model's device
+    inputs    the conditioner's inputs for each, anywhere; None for an unconditional model
     """
 
     z_0_NCHW: Tensor
@@ -50,6 +50,6 @@ class HeldOut:
             noise_BCHW = rng.normal(self.seed, f"validation/noise {bucket}", index_B, tuple(z_0_BCHW.shape[1:]))
             width = model.schedule.steps // BUCKETS
             t_B = bucket * width + rng.integers(self.seed, f"validation/timestep {bucket}", index_B, width)
-            inputs = None if self.inputs is None else self.inputs[start : start + len(z_0_BCHW)]
+            inputs = None if self.inputs is None else self.inputs[start : start + len(z_0_BCHW)].to(z_0_BCHW.device)
             total += float(model(z_0_BCHW, noise_BCHW, t_B, inputs).sum())
         return total / len(self.z_0_NCHW)

@@ -35,7 +35,6 @@ REFUSED = {name: _VQ for name in EXPERIMENTS if name.startswith("autoencoder_vq"
     name: f"conditioning={kind} cannot be trained yet"
     for kind, names in {
         "class_label": ["class_imagenet", "class_imagenet_ldm8"],
-        "clip_text": ["stable_diffusion_v1"],
         "layout": ["layout2img_coco", "layout2img_openimages"],
         "label_map": ["semantic_landscapes", "semantic_landscapes_512"],
         "concat": [name for name in EXPERIMENTS if name.startswith(("superres", "inpainting"))],
@@ -125,6 +124,31 @@ def test_what_trains_today_and_what_is_refused(name: str) -> None:
         assert said in refusal(overrides)
 
 
+CLIP = ["+experiment=stable_diffusion_v1", "scale=toy"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.source=images"], r"data.source=images, but conditioning=clip_text trains on embeddings"),
+        (["data.captions.file=a.parquet", "+data.captions.columns={a: 1.0}"], "data.captions.file=a.parquet, but"),
+        (
+            ["+data.mixture={one: {latents: a, weight: 1, captions: {file: a.parquet, columns: {a: 1.0}}}}"],
+            "data.mixture.one.captions.file=a.parquet, but",
+        ),
+    ],
+)
+def test_a_frozen_text_encoder_trains_on_what_the_cache_holds(overrides: list[str], said: str) -> None:
+    assert config.compose("train", CLIP).experiment == "stable_diffusion_v1"
+    assert said in refusal([*CLIP, *overrides])
+
+
+def test_only_a_frozen_text_encoder_can_be_cached() -> None:
+    assert config.compose("precompute_latents", [*CLIP, "precompute.text_embeddings=true"]).precompute.text_embeddings
+    message = refusal([*TOY, "precompute.text_embeddings=true"], "precompute_latents")
+    assert "precompute.text_embeddings=true with conditioning=text_transformer" in message
+
+
 def test_a_first_stage_without_weights_is_not_trained() -> None:
     message = refusal(["+experiment=autoencoder_kl_f4", "scale=toy", "first_stage=identity"])
     assert "first_stage=identity cannot be trained" in message
@@ -207,7 +231,7 @@ def test_a_toy_second_stage_hears_its_condition(name: str) -> None:
     """With every branch switched on, two conditions give two answers; both stages fit together."""
     job = experiment(name, "toy")
     torch.manual_seed(0)
-    model = job.latent_diffusion.build().eval()
+    model = job.latent_diffusion.build_trained().eval()
     assert model_table.parameters(model) < 4_000_000
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
