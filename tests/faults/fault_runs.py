@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -84,7 +85,8 @@ class Launch:
         """Send a signal to these ranks, where they still live."""
         for rank in ranks:
             if (process := self._processes[rank]).is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it ends by itself where the other one is gone
+                    os.kill(process.pid, number)
 
     def ended(self) -> list[int | None]:
         """The exit status of each rank."""
