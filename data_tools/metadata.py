@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -72,12 +71,6 @@ def selected_ids(shards: ShardSet, shard: int, selection: Selection | None) -> n
     return ids[pc.is_in(keys, value_set=wanted.combine_chunks()).to_numpy(zero_copy_only=False)]
 
 
-def exists(url: str) -> bool:
-    """True for a file that is there, local or remote."""
-    files, path = fsspec.core.url_to_fs(url)
-    return bool(files.exists(path))
-
-
 @contextmanager
 def local_file(url: str) -> Iterator[str]:
     """A shard as a file of this machine: itself, or a temporary copy of a remote one."""
@@ -131,7 +124,7 @@ def sample_metadata(shards: ShardSet, shard: int, required: Sequence[str], optio
     """
     url = shards.urls[shard]
     parquet = url.removesuffix(".tar") + ".parquet"
-    if exists(parquet):
+    if storage.exists(parquet):
         return _from_parquet(shards, shard, parquet, required, optional)
     if "json" in shards.opened(shard).index.column:
         return _from_json(shards, shard, required, optional)

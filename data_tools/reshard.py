@@ -24,7 +24,7 @@ import xxhash
 from data_tools.command_line import run_tool, say
 from data_tools.dataset_writer import stats_file
 from data_tools.dedup import Rule, equal_samples
-from data_tools.metadata import exists, local_file, open_shards, require_known_shards, selected_ids
+from data_tools.metadata import local_file, open_shards, require_known_shards, selected_ids
 from data_tools.shard_checks import mapped
 from ldm_scale.core import progress, storage
 from ldm_scale.data.shards import SIDECARS, CorruptSample, ShardSet, ShardWriter
@@ -118,7 +118,7 @@ class SourceShard:
     @cached_property
     def _table(self) -> pa.Table | None:
         url = self.url.removesuffix(".tar") + ".parquet"
-        if not exists(url):
+        if not storage.exists(url):
             return None
         with storage.open_read(url) as file:
             table = pq.ParquetFile(file).read()

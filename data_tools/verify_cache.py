@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from data_tools.metadata import exists
 from data_tools.shard_checks import Findings, Layout, Problem, check_all, hashed_again, mapped, members, stored_index
 from ldm_scale.core import storage
 from ldm_scale.data.cache import (
@@ -31,7 +30,7 @@ from ldm_scale.data.views import RemovalList
 
 def is_cache(source: str) -> bool:
     """True for the directory of a latent cache, finished or not."""
-    return exists(f"{source.rstrip('/')}/manifest.json") or any((Path(source) / SIDECARS).glob("*.done.json"))
+    return storage.exists(f"{source.rstrip('/')}/manifest.json") or any((Path(source) / SIDECARS).glob("*.done.json"))
 
 
 def repair(folder: Path, shards: Sequence[str]) -> None:

@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Gathered = TypeVar("Gathered")
 
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: try again later; launchers requeue on status.json, schedulers may read this
 
@@ -56,6 +58,15 @@ def any_rank(flag: bool) -> bool:
     vote = torch.tensor(int(flag), device=device())
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def gathered(value: Gathered) -> list[Gathered]:
+    """What every rank has, by rank. Collective; for small things, since they are pickled."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def device() -> torch.device:

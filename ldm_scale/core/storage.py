@@ -109,7 +109,7 @@ def exists(url: str) -> bool:
     try:
         with open_read(url):
             return True
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except PermissionError:
         if is_remote(url):
@@ -290,6 +290,6 @@ def digest(value: Any) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """sha256 of a local file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a local or remote file's bytes."""
+    with open_read(str(path)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

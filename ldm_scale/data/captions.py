@@ -6,7 +6,6 @@ keys, sorted. So new captions for 400M samples need no memory of their own, and 
 Letters: N rows of the file, B samples of a batch.
 """
 
-import hashlib
 import os
 import shutil
 from bisect import bisect_right
@@ -174,14 +173,12 @@ class CaptionOverlay:
 def _lay_out(file: str, folder: Path) -> None:
     """Write the rows as Arrow, then the keys' hashes in order, then what it is."""
     with storage.open_read(file) as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
-    with storage.open_read(file) as content:
         columns, hashes_N = _copy(content, file, folder / "captions.arrow")
     order_N = np.argsort(hashes_N, kind="stable").astype(np.uint32)
     np.save(folder / "hashes.npy", hashes_N[order_N])
     np.save(folder / "rows.npy", order_N)
     _require_unique(Table(folder), hashes_N[order_N], order_N, file)
-    facts = {"file": file, "n": len(order_N), "sha256": sha256, "columns": columns}
+    facts = {"file": file, "n": len(order_N), "sha256": storage.sha256_file(file), "columns": columns}
     storage.write_json(folder / "facts.json", facts)
 
 

@@ -79,7 +79,7 @@ class Numbering:
         shards_id  digest of the shards that are looked up
         raises     ValueError saying how many selected samples are not in the shards, with the first of them
         """
-        name = storage.digest([shards_id, self._require, sorted(map(_sha256, files))])[:32]
+        name = storage.digest([shards_id, self._require, sorted(map(storage.sha256_file, files))])[:32]
         rows_file, facts_file = (Path(folder()) / f"{name}.rows.{end}" for end in ("npy", "json"))
         if not facts_file.exists():
             found = self._look_up([Selection.read(file) for file in files], " and ".join(files))
@@ -140,8 +140,3 @@ class _Found:
 
 def _common(one: pa.ChunkedArray, other: pa.ChunkedArray) -> pa.ChunkedArray:
     return one.filter(pc.is_in(one, value_set=other.combine_chunks()))
-
-
-def _sha256(file: str) -> str:
-    with storage.open_read(file) as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ class Checkpoints:
         self._settle(wait=False)
         if self._saving is not None or self._failing_since is None:
             return False
-        return _gathered(time.monotonic() - self._tried >= self._patience_s / _TRIES)[0]
+        return runtime.gathered(time.monotonic() - self._tried >= self._patience_s / _TRIES)[0]
 
     def drain(self) -> None:
         """Wait until the last save is on disk; where it fails, write the same again until it is.
@@ -231,7 +231,7 @@ class Checkpoints:
     def _settle(self, *, wait: bool) -> None:
         """Learn, all ranks alike, how the save under way ended; without `wait` only if it has."""
         while (saving := self._saving) is not None:
-            outcomes = _gathered(saving.outcome)
+            outcomes = runtime.gathered(saving.outcome)
             if failures := [outcome for outcome in outcomes if outcome]:
                 self._saving = None
                 self._take_back(saving)
@@ -247,7 +247,7 @@ class Checkpoints:
 
     def _take_back(self, saving: "_Save") -> None:
         saving.cancel()
-        _gathered(None)  # nobody writes any more
+        runtime.gathered(None)  # nobody writes any more
         if runtime.is_main():
             shutil.rmtree(saving.temporary, ignore_errors=True)
             self._prune()
@@ -259,7 +259,7 @@ class Checkpoints:
         if runtime.is_main():
             self._on_failed(final, reason)
         seconds = time.monotonic() - self._failing_since
-        if _gathered(seconds >= self._patience_s)[0]:  # rank 0's clock counts
+        if runtime.gathered(seconds >= self._patience_s)[0]:  # rank 0's clock counts
             raise CheckpointError(
                 f"could not save {final}: {reason}. No save succeeded for max_unsaved_minutes="
                 f"{self._patience_s / 60:g}; what was complete is as it was, and the same command goes on from there"
@@ -556,7 +556,7 @@ def _damage(path: Path) -> str | None:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = (_file_damage(path, entry) for entry in files[rank::world])
         reason = next((found for found in mine if found), "")
-    return next((found for found in _gathered(reason) if found), None)
+    return next((found for found in runtime.gathered(reason) if found), None)
 
 
 def _file_damage(path: Path, entry: dict[str, Any]) -> str:
@@ -606,14 +606,6 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _gathered(value: Result) -> list[Result]:
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _agreed(work: Callable[[], Result], *, main_only: bool = False) -> list[Any]:
     """Do `work` on every rank, or on rank 0; all results by rank, or CheckpointError everywhere if one rank failed."""
     result, failure = None, ""
@@ -621,7 +613,7 @@ def _agreed(work: Callable[[], Result], *, main_only: bool = False) -> list[Any]
         result = work() if runtime.is_main() or not main_only else None
     except (OSError, SafetensorError) as error:
         failure = f"rank {runtime.rank()}: {error}"
-    outcomes = _gathered((result, failure))
+    outcomes = runtime.gathered((result, failure))
     if failures := [message for _, message in outcomes if message]:
         raise CheckpointError("; ".join(failures[:_SHOWN]))
     return [outcome for outcome, _ in outcomes]

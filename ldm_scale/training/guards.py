@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldm_scale.core import runtime
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import Metrics
 
@@ -250,7 +251,7 @@ class Guard:
             return None
         values = {"loss": numbers.loss, "gradient norm": numbers.grad_norm}
         if why := self._wrong(values):
-            named = _gathered(_worst(samples, self._engine.rank), self._engine.world)
+            named = _of_all_ranks(_worst(samples, self._engine.rank))
             return Trouble(start=numbers.start, loss=numbers.loss, grad_norm=numbers.grad_norm, why=why, samples=named)
         for name, value in values.items():
             self._usual[name].take(value, self._engine.global_batch, self.config.spike_half_life)
@@ -324,13 +325,9 @@ def _badness(said: tuple[str, float]) -> float:
     return said[1] if math.isfinite(said[1]) else math.inf
 
 
-def _gathered(mine: list[dict[str, Any]], world: int) -> list[dict[str, Any]]:
+def _of_all_ranks(mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All ranks' samples, worst first."""
-    theirs: list[Any] = [mine]
-    if world > 1:
-        theirs = [None] * world
-        dist.all_gather_object(theirs, mine)
-    flat = [sample for samples in theirs for sample in samples]
+    flat = [sample for samples in runtime.gathered(mine) for sample in samples]
     return sorted(flat, key=lambda sample: _badness((sample["key"], sample["value"])), reverse=True)
 
 

@@ -27,6 +27,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ldm_scale.core import runtime
 from ldm_scale.training.engine import Engine
 
 STEP_PARTS = ("data", "forward_backward", "communication", "optimizer", "ema", "other")
@@ -122,9 +123,7 @@ class Ranks:
         self._device, self._world = engine.device, engine.world
         self._limit, self._patience = straggler, straggler_intervals
         self._suspect, self._times = -1, 0
-        self.hosts = [socket.gethostname()] * engine.world
-        if engine.world > 1:
-            dist.all_gather_object(self.hosts, socket.gethostname())
+        self.hosts = runtime.gathered(socket.gethostname())
 
     def gather(self, mine: Mapping[str, float]) -> dict[str, list[float]]:
         """Numbers by name, one of each rank. Collective."""

@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_tools.make_toy_world import Recipe, write_world
+from ldm_scale.data.cache import LatentCache
+from ldm_scale.jobs import precompute
 
 ROOT = Path(__file__).parents[2]
 TINY_UNET = ["unet.model_channels=16", "unet.norm_groups=8", "unet.head_channels=16", "unet.context_dim=16"]
@@ -88,3 +91,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     found.run(found.autoencoder())
     found.run(found.text_to_image("precompute.min_psnr=0", script="precompute_latents.py"))
     return found
+
+
+@pytest.fixture
+def encode(job: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., LatentCache]]:
+    """Precompute with more overrides of the module's own `job`; returns the cache."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def run(*overrides: str) -> LatentCache:
+        precompute.run(job(*overrides))
+        return LatentCache.open(f"{tmp_path}/latents")
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -4,9 +4,8 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +84,6 @@ def job(tmp_path: Path) -> Callable[..., Any]:
         )  # fmt: skip
 
     return compose
-
-
-@pytest.fixture
-def encode(job: Callable[..., Any], tmp_path: Path) -> Iterator[Encode]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run(*overrides: str) -> LatentCache:
-        precompute.run(job(*overrides))
-        return LatentCache.open(f"{tmp_path}/latents")
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """What a frozen text encoder says of captions, cached with the latents: as if it ran now; another one is refused."""
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +55,6 @@ def job(tmp_path: Path, clip: list[str]) -> Callable[..., Any]:
         )  # fmt: skip
 
     return compose
-
-
-@pytest.fixture
-def encode(job: Callable[..., Any], tmp_path: Path) -> Iterator[Encode]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def run(*overrides: str) -> LatentCache:
-        precompute.run(job(*overrides))
-        return LatentCache.open(f"{tmp_path}/latents")
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_the_cache_holds_what_the_encoder_says_to_float16_rounding(job: Callable[..., Any], encode: Encode) -> None:
