@@ -1,16 +1,22 @@
-"""How far apart two sets of images are, from their features: Frechet distance (Heusel et al. 2017).
+"""How far apart two sets of images are, from their features; and how sure and how varied a classifier finds one set.
 
-Features in, a number out; knows no image and no network. Sums are float64, so that the order of batches and the number
-of ranks do not show in a score's printed digits.
+Frechet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018), precision and recall (Kynkaanniemi et
+al. 2019), and Inception score (Salimans et al. 2016). Features or logits in, numbers out; knows no image and no
+network. Sums are float64, so that the order of batches and the number of ranks do not show in a score's printed digits.
+What is drawn at random, subsets and splits, is drawn as torch-fidelity draws it, so that the numbers are its numbers.
 
-Shape letters: B batch, D feature width.
+Shape letters: B batch, N M images of two sets, D feature width, K classes, S splits.
 """
 
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_DRAWS = 2020  # torch-fidelity's default seed
+_ROWS = 4096  # of a distance matrix at once: 0.8 GB beside 50,000 others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,3 +104,132 @@ def _square_root(covariance_DD: Tensor) -> Tensor:
     """The symmetric square root; eigenvalues below zero are rounding."""
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
     return (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A score that is a mean over random subsets, and the standard deviation over them."""
+
+    mean: float
+    std: float
+
+
+def kernel_distance(generated_ND: Tensor, real_MD: Tensor, *, subsets: int = 100, size: int = 1000) -> Estimate:
+    """Squared maximum mean discrepancy under (x . y / D + 1)^3, unbiased: KID; Binkowski et al. 2018, section 4.
+
+    size    images of each set in a subset; all, where one set has fewer
+    raises  ValueError for features of different widths, or a set of one image
+    """
+    _require_comparable(generated_ND, real_MD)
+    size = min(size, len(generated_ND), len(real_MD))
+    if size < 2:
+        raise ValueError("a kernel distance needs at least 2 images of each set. Raise the number of images evaluated")
+    draws = np.random.RandomState(_DRAWS)
+    found = []
+    for _ in range(subsets):
+        chosen = draws.choice(len(generated_ND), size, replace=False), draws.choice(len(real_MD), size, replace=False)
+        x, y = (
+            part[torch.from_numpy(rows)].double() for part, rows in zip((generated_ND, real_MD), chosen, strict=True)
+        )
+        found.append(_discrepancy(_kernel(x, x), _kernel(x, y), _kernel(y, y)))
+    return Estimate(float(np.mean(found)), float(np.std(found)))
+
+
+def _kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
+    return (x_ND @ y_MD.T / x_ND.shape[1] + 1) ** 3
+
+
+def _discrepancy(xx_NN: Tensor, xy_NN: Tensor, yy_NN: Tensor) -> float:
+    n = len(xx_NN)
+    within = sum(float(kernel.sum() - kernel.trace()) for kernel in (xx_NN, yy_NN))
+    return within / (n * (n - 1)) - 2 * float(xy_NN.mean())
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionRecall:
+    """Shares, 0 to 1."""
+
+    precision: float
+    """Generated images that lie among the real ones."""
+    recall: float
+    """Real images that lie among the generated ones."""
+
+
+def precision_recall(generated_ND: Tensor, real_MD: Tensor, *, neighbours: int = 3) -> PrecisionRecall:
+    """Improved precision and recall; Kynkaanniemi et al. 2019, eq. 1 to 3.
+
+    A set covers the balls around its members that reach to their k-th nearest neighbour in the set. On the features of
+    VGG-16 this is the paper's protocol, on Inception's pooled features that of ADM (Dhariwal and Nichol 2021).
+
+    neighbours  k
+    raises      ValueError for features of different widths, or a set of k images or fewer
+    """
+    _require_comparable(generated_ND, real_MD)
+    if min(len(generated_ND), len(real_MD)) <= neighbours:
+        raise ValueError(
+            f"{len(generated_ND)} generated and {len(real_MD)} real images; precision and recall with {neighbours} "
+            f"neighbours need more than {neighbours} of each. Raise the number of images evaluated"
+        )
+    return PrecisionRecall(
+        precision=_covered(generated_ND, real_MD, neighbours), recall=_covered(real_MD, generated_ND, neighbours)
+    )
+
+
+def _covered(these_ND: Tensor, by_MD: Tensor, neighbours: int) -> float:
+    """Share of `these` inside a ball of `by`."""
+    radii_M = torch.cat([_distances(rows, by_MD).kthvalue(neighbours + 1).values for rows in by_MD.split(_ROWS)])
+    inside = [(_distances(rows, by_MD) <= radii_M).any(dim=1) for rows in these_ND.split(_ROWS)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _distances(a_BD: Tensor, b_MD: Tensor) -> Tensor:
+    return torch.cdist(a_BD.float(), b_MD.float())
+
+
+def _require_comparable(a_ND: Tensor, b_MD: Tensor) -> None:
+    if a_ND.shape[1] != b_MD.shape[1]:
+        raise ValueError(
+            f"features of {a_ND.shape[1]} and of {b_MD.shape[1]} dimensions do not compare; use one network"
+        )
+
+
+class InceptionScore:
+    """exp of the mean KL divergence of each image's classes from all images' classes; Salimans et al. 2016, eq. 1.
+
+    Streamed: which split an image counts to is known from its index, and of a split only two sums are kept. Ranks add
+    up: all-reduce `counts_S`, `classes_SK` and `negentropies_S` (float64).
+
+    count    images in all
+    classes  K
+    """
+
+    def __init__(self, count: int, classes: int, *, splits: int = 10):
+        if count < splits:
+            raise ValueError(f"{count} images for an Inception score over {splits} splits; give at least one for each")
+        order_N = np.random.RandomState(_DRAWS).permutation(count)
+        ends = [(split + 1) * count // splits for split in range(splits)]
+        self._split_of_N = torch.empty(count, dtype=torch.int64)
+        self._split_of_N[torch.from_numpy(order_N)] = torch.bucketize(
+            torch.arange(count), torch.tensor(ends), right=True
+        )
+        self.counts_S = torch.zeros(splits, dtype=torch.float64)
+        self.classes_SK = torch.zeros(splits, classes, dtype=torch.float64)
+        self.negentropies_S = torch.zeros(splits, dtype=torch.float64)
+
+    def add(self, start: int, logits_BK: Tensor) -> None:
+        """Take in images `start`, `start` + 1, ..."""
+        split_B = self._split_of_N[start : start + len(logits_BK)]
+        logs_BK = logits_BK.detach().cpu().double().log_softmax(dim=1)
+        self.counts_S.index_add_(0, split_B, torch.ones(len(split_B), dtype=torch.float64))
+        self.classes_SK.index_add_(0, split_B, logs_BK.exp())
+        self.negentropies_S.index_add_(0, split_B, (logs_BK.exp() * logs_BK).sum(1))
+
+    def finish(self) -> Estimate:
+        """Mean and standard deviation over the splits; every image must have been taken in once.
+
+        The mean over a split of sum p (log p - log q) is the mean of sum p log p, less sum q log q: q is the mean of p.
+        """
+        assert self.counts_S.sum() == len(self._split_of_N), "some image was left out, or taken in twice"
+        q_SK = self.classes_SK / self.counts_S[:, None]
+        scores_S = (self.negentropies_S / self.counts_S - torch.special.xlogy(q_SK, q_SK).sum(1)).exp()
+        return Estimate(float(scores_S.mean()), float(scores_S.std(correction=0)))

@@ -4,10 +4,24 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from torch import nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.inception import InceptionScore as TheirInceptionScore
+from torchmetrics.image.kid import poly_mmd
 
-from ldm_scale.evaluation.distribution import FeatureMoments, Gaussian, frechet_distance
+from ldm_scale.evaluation import distribution
+from ldm_scale.evaluation.distribution import (
+    FeatureMoments,
+    Gaussian,
+    InceptionScore,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 
 
 def features(n: int, dim: int, seed: int, *, rank: int | None = None, shift: float = 0.0) -> torch.Tensor:
@@ -139,3 +153,101 @@ def test_features_that_are_not_finite_are_refused():
     x[3, 2] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         gaussian(x)
+
+
+@pytest.mark.parametrize("n, m", [(300, 300), (257, 400)])
+def test_kernel_distance_equals_torch_fidelity_and_torchmetrics(n: int, m: int):
+    a, b = features(n, 32, 0), features(m, 32, 1, shift=0.3)
+    ours = kernel_distance(a, b, subsets=20, size=100)
+    fidelity = kid_features_to_metric(a, b, kid_subsets=20, kid_subset_size=100, verbose=False)
+    assert ours.mean > 1e-3
+    assert ours.mean == pytest.approx(fidelity["kernel_inception_distance_mean"], rel=1e-4)
+    assert ours.std == pytest.approx(fidelity["kernel_inception_distance_std"], rel=1e-4)
+    whole = kernel_distance(a[:200], b[:200], subsets=1, size=200)
+    assert whole.mean == pytest.approx(float(poly_mmd(b[:200].double(), a[:200].double())), rel=1e-6)
+
+
+def test_kernel_distance_is_unbiased():
+    """Two halves of one set: zero within a few standard errors, and below zero about as often as above."""
+    found = [kernel_distance(*features(400, 16, seed).split(200), subsets=1).mean for seed in range(40)]
+    assert abs(np.mean(found)) < 3 * np.std(found) / 40**0.5
+    assert 8 < sum(value < 0 for value in found) < 32
+
+
+@pytest.mark.parametrize("n, m", [(400, 300), (150, 500)])
+def test_precision_and_recall_equal_torch_fidelity(n: int, m: int):
+    generated, real = features(n, 8, 0), features(m, 8, 1, shift=0.4)
+    ours = precision_recall(generated, real)
+    fidelity = prc_features_to_metric(generated, real, verbose=False)
+    assert 0.1 < ours.precision < 0.95 and 0.1 < ours.recall < 0.95
+    assert ours.precision == pytest.approx(fidelity["precision"], rel=1e-4)
+    assert ours.recall == pytest.approx(fidelity["recall"], rel=1e-4)
+
+
+def test_precision_sees_bad_pictures_and_recall_sees_missing_ones():
+    """On a line: half of the real places are drawn, and a third of what is drawn is elsewhere."""
+    real = torch.arange(100.0)[:, None]
+    generated = torch.cat((torch.arange(50.0), torch.arange(1000.0, 1025.0)))[:, None]
+    found = precision_recall(generated, real)
+    assert found.precision == pytest.approx(50 / 75)
+    # Each of 0 .. 49 reaches 2 to 3 places further, each of 1000 ... likewise.
+    assert found.recall == pytest.approx(52 / 100, abs=0.011)
+
+
+def test_distances_in_parts_are_those_in_one_piece(monkeypatch: pytest.MonkeyPatch):
+    generated, real = features(100, 8, 0), features(130, 8, 1, shift=0.4)
+    whole = precision_recall(generated, real)
+    monkeypatch.setattr(distribution, "_ROWS", 33)
+    assert precision_recall(generated, real) == whole
+
+
+@pytest.mark.parametrize("n, splits", [(103, 10), (64, 1), (10, 10)])
+def test_inception_score_equals_torch_fidelity(n: int, splits: int):
+    logits = 3 * torch.randn(n, 12, generator=torch.Generator().manual_seed(0))
+    score = InceptionScore(n, 12, splits=splits)
+    for start in range(0, n, 7):
+        score.add(start, logits[start : start + 7])
+    fidelity = isc_features_to_metric(logits, splits=splits)
+    assert score.finish().mean == pytest.approx(fidelity["inception_score_mean"], rel=1e-9)
+    assert score.finish().std == pytest.approx(fidelity["inception_score_std"], rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchmetrics")
+def test_inception_score_of_one_split_equals_torchmetrics():
+    logits = 3 * torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    score = InceptionScore(64, 12, splits=1)
+    score.add(0, logits)
+    theirs = TheirInceptionScore(feature=nn.Identity(), splits=1)  # any network of the user's; here logits go in
+    theirs.features = [logits]
+    assert score.finish().mean == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
+
+
+def test_a_perfect_classifier_on_even_classes_scores_their_number():
+    score = InceptionScore(40, 8, splits=1)
+    score.add(0, 1000 * torch.eye(8).repeat(5, 1))
+    assert score.finish().mean == pytest.approx(8)
+
+
+def test_inception_score_adds_up_over_ranks_and_refuses_what_is_missing():
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    whole, ranks = InceptionScore(40, 5, splits=4), [InceptionScore(40, 5, splits=4) for _ in range(2)]
+    whole.add(0, logits)
+    for batch, start in enumerate(range(0, 40, 8)):
+        ranks[batch % 2].add(start, logits[start : start + 8])
+    with pytest.raises(AssertionError, match="left out"):
+        ranks[0].finish()
+    for name in ("counts_S", "classes_SK", "negentropies_S"):
+        getattr(ranks[0], name).add_(getattr(ranks[1], name))
+    assert ranks[0].finish().mean == pytest.approx(whole.finish().mean, rel=1e-12)
+
+
+def test_too_few_or_foreign_features_are_refused():
+    a = features(9, 4, 0)
+    with pytest.raises(ValueError, match="4 and of 5"):
+        kernel_distance(a, features(9, 5, 0))
+    with pytest.raises(ValueError, match="at least 2 images"):
+        kernel_distance(a, a[:1])
+    with pytest.raises(ValueError, match="9 generated and 3 real images"):
+        precision_recall(a, a[:3])
+    with pytest.raises(ValueError, match="5 images for an Inception score over 10 splits"):
+        InceptionScore(5, 1008)
