@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from data_tools.make_toy_world import Recipe, write_world
+from ldm_scale.core import weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, precompute, train
 from ldm_scale.training.checkpoint import find, read_consolidated
@@ -135,6 +137,18 @@ class Toy:
             f"ema_half_lives=[{_HALF_LIFE}]", "optimizer.warmup_images=16", "tracker.wandb=false", *more,
         )  # fmt: skip
         return Launch("train", overrides, world=world, log=logs / "log.txt")
+
+
+def make_toy(path: Path) -> Toy:
+    """Make all that a training starts from, in an empty directory."""
+    made = Toy(path)
+    write_world(path / "toy", Recipe(train=96, val=8, objects=1, size=32, shard_size=48, seed=0))
+    encoding = made.overrides("precompute.min_psnr=0")
+    torch.manual_seed(0)
+    network = config.compose("precompute_latents", encoding).first_stage.build()
+    weights.save(path / "kl", {"first_stage": {}}, network.state_dict())
+    Launch("precompute_latents", encoding, world=1, log=path / "log.txt").finish()
+    return made
 
 
 def curve(run: Path, name: str = "train/loss") -> dict[int, float]:
