@@ -63,6 +63,34 @@ class Moments:
         return cls(mean, logvar)
 
 
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """What a codebook makes of each latent vector.
+
+    quantised  (B, C, H, W), the nearest entries, before the straight-through step: their gradient moves the codebook
+    indices    (B, H, W) int64, which entries these are
+    size       entries K of the codebook
+    """
+
+    quantised: Tensor
+    indices: Tensor
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """An image after its way through the latent, and what the loss of a first stage reads on that way.
+
+    images   (B, C, H, W), around [-1, 1] and not clamped
+    moments  what the encoder gave
+    codes    what the codebook made of `moments.mean`; None for a first stage without one
+    """
+
+    images: Tensor
+    moments: Moments
+    codes: Codes | None
+
+
 @dataclass(kw_only=True, slots=True)
 class FirstStageConfig(ABC):
     """What every first stage's configuration has."""
@@ -136,8 +164,8 @@ class FirstStage(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
-        """Reconstruction through the latent that `noise_BCHW` draws, and the moments: what training needs.
+    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> Rebuilt:
+        """Reconstruction through the latent that `noise_BCHW` draws, with all that training needs.
 
         Training calls the module, not encode and decode, so that wrappers such as DDP see one forward.
         """

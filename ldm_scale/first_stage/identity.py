@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldm_scale.first_stage.base import FirstStage, FirstStageConfig, Moments
+from ldm_scale.first_stage.base import FirstStage, FirstStageConfig, Moments, Rebuilt
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class Identity(FirstStage):
     def decoding_parts(self) -> list[Callable[[Tensor], Tensor]]:
         return [self.decode]
 
-    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
+    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> Rebuilt:
         """The latent is certain, so the noise changes nothing."""
         moments = self.encode(images_BCHW)
-        return self.decode(moments.sample(noise_BCHW)), moments
+        return Rebuilt(self.decode(moments.sample(noise_BCHW)), moments, None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ldm_scale.first_stage.base import FirstStage, Moments
+from ldm_scale.first_stage.base import FirstStage, Moments, Rebuilt
 from ldm_scale.first_stage.convolutional import ConvolutionalConfig
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # of the posterior, natural logarithm; facts.md 5.2
@@ -50,6 +50,6 @@ class AutoencoderKL(FirstStage):
         first, *others = self.decoder.parts()
         return [lambda latents_BCHW: first(self.post_quant_conv(latents_BCHW)), *others]
 
-    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
+    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> Rebuilt:
         moments = self.encode(images_BCHW)
-        return self.decode(moments.sample(noise_BCHW)), moments
+        return Rebuilt(self.decode(moments.sample(noise_BCHW)), moments, None)

@@ -1,6 +1,7 @@
-"""What a first stage minimises: absolute error, an optional perceptual distance, and the KL divergence.
+"""What a first stage minimises: absolute error, an optional perceptual distance, and KL divergence or codebook terms.
 
-Rombach et al. 2022, appendix G; reductions as in the reference (facts.md W6). The perceptual network is passed in;
+Rombach et al. 2022, appendix G; reductions as in the reference (facts.md W6): sums over the values of an image for a
+KL first stage, means for a VQ one. The perceptual network is passed in;
 `perceptual_network` makes one. Knows nothing of optimizers, files of images or ranks.
 
 Shape letters: B batch, C channels, H W height and width.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm_scale.core.storage import sha256_file
-from ldm_scale.first_stage.base import Moments
+from ldm_scale.first_stage.base import Moments, Rebuilt
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """(images, images), both (B, C, H, W) in [-1, 1] -> distances (B,)."""
@@ -36,6 +37,15 @@ class PerceptualKind(Enum):
     """The same arithmetic in a small network with fixed random weights: for toys and tests, no weights needed."""
 
 
+class BetaOn(Enum):
+    """Which of the two codebook terms `beta` multiplies; the other has weight 1."""
+
+    commitment = "commitment"
+    """The one that moves the encoder, as published (van den Oord et al. 2017, eq. 3)."""
+    codebook = "codebook"
+    """The one that moves the codebook, as the released VQ models were trained (facts.md W1)."""
+
+
 @dataclass(kw_only=True, slots=True)
 class AutoencoderLossConfig:
     """Weights of the terms; the defaults are those of Rombach et al. 2022."""
@@ -48,12 +58,20 @@ class AutoencoderLossConfig:
     """Weight of the perceptual distance against the absolute error of one pixel channel."""
     kl_weight: float = 1e-6
     """Weight of KL(q(z|x) || N(0, I)) in nats against the absolute error summed over an image."""
+    codebook_weight: float = 1.0
+    """Weight of both codebook terms against the absolute error of one pixel channel."""
+    beta: float = 0.25
+    """Weight of one codebook term against the other."""
+    beta_on: BetaOn = BetaOn.commitment
+    """Which of them it multiplies."""
 
     def __post_init__(self) -> None:
         for name, value in (
             ("pixel_weight", self.pixel_weight),
             ("perceptual_weight", self.perceptual_weight),
             ("kl_weight", self.kl_weight),
+            ("codebook_weight", self.codebook_weight),
+            ("beta", self.beta),
         ):
             if value < 0:
                 raise ValueError(f"autoencoder_loss.{name}={value}; must be at least 0")
@@ -67,21 +85,29 @@ class AutoencoderLossConfig:
 class ReconstructionTerms:
     """The loss of each sample and what it is made of; every field is (B,), float32.
 
-    total       what is minimised, averaged over the batch: a sum over the C * H * W values of an image, so it grows
-                with the image (kl_weight is relative to that sum)
+    total       what is minimised, averaged over the batch. With a KL term a sum over the C * H * W values of an image,
+                so it grows with the image (kl_weight is relative to that sum); with codebook terms their mean
     l1          absolute error, mean over C, H, W
     perceptual  perceptual distance of the image; zero where there is none
     kl          KL divergence in nats, summed over the latent; zero where the latent is certain
+    codebook    squared distance of latents to their entries, mean over the latent, whose gradient moves the entries;
+                zero where there is no codebook
+    commitment  the same number, whose gradient moves the latents
     """
 
     total: Tensor
     l1: Tensor
     perceptual: Tensor
     kl: Tensor
+    codebook: Tensor
+    commitment: Tensor
 
 
 class ReconstructionLoss:
-    """sum over C, H, W of (pixel_weight |x - x'| + perceptual_weight p(x, x')) + kl_weight KL, for each sample.
+    """The error of a value of an image is e = pixel_weight |x - x'| + perceptual_weight p(x, x'); for each sample:
+
+    KL first stages  sum over C, H, W of e + kl_weight KL
+    VQ first stages  mean over C, H, W of e + codebook_weight (codebook + beta commitment)
 
     As in the reference, the one perceptual distance of an image is added to each of its C * H * W errors.
     """
@@ -92,18 +118,26 @@ class ReconstructionLoss:
         self.config = config
         self.perceptual = perceptual
 
-    def __call__(self, images_BCHW: Tensor, reconstructions_BCHW: Tensor, moments: Moments) -> ReconstructionTerms:
+    def __call__(self, images_BCHW: Tensor, rebuilt: Rebuilt) -> ReconstructionTerms:
         """Compared in float32; pixels in [-1, 1]."""
-        images_BCHW, reconstructions_BCHW = images_BCHW.float(), reconstructions_BCHW.float()
+        images_BCHW, reconstructions_BCHW = images_BCHW.float(), rebuilt.images.float()
         l1_B = (images_BCHW - reconstructions_BCHW).abs().flatten(1).mean(1)
-        kl_B = kl_divergence(moments)
+        kl_B, (codebook_B, commitment_B) = kl_divergence(rebuilt.moments), codebook_terms(rebuilt)
         if self.perceptual is None:
             perceptual_B = torch.zeros_like(l1_B)
         else:
             perceptual_B = self.perceptual(images_BCHW, reconstructions_BCHW)
         per_value_B = self.config.pixel_weight * l1_B + self.config.perceptual_weight * perceptual_B
-        total_B = per_value_B * images_BCHW[0].numel() + self.config.kl_weight * kl_B
-        return ReconstructionTerms(total_B, l1_B, perceptual_B, kl_B)
+        if rebuilt.codes is None:
+            total_B = per_value_B * images_BCHW[0].numel() + self.config.kl_weight * kl_B
+        else:
+            total_B = per_value_B + self.config.codebook_weight * self._weighted(codebook_B, commitment_B)
+        return ReconstructionTerms(total_B, l1_B, perceptual_B, kl_B, codebook_B, commitment_B)
+
+    def _weighted(self, codebook_B: Tensor, commitment_B: Tensor) -> Tensor:
+        if self.config.beta_on is BetaOn.commitment:
+            return codebook_B + self.config.beta * commitment_B
+        return self.config.beta * codebook_B + commitment_B
 
 
 def kl_divergence(moments: Moments) -> Tensor:
@@ -112,6 +146,21 @@ def kl_divergence(moments: Moments) -> Tensor:
         return torch.zeros(len(moments.mean), device=moments.mean.device)
     mean, logvar = moments.mean.float(), moments.logvar.float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+
+
+def codebook_terms(rebuilt: Rebuilt) -> tuple[Tensor, Tensor]:
+    """Mean over C, H, W of |sg(z) - e|^2 and of |z - sg(e)|^2 (van den Oord et al. 2017, eq. 3), (B,) float32 each.
+
+    Zeros where there is no codebook.
+    """
+    latents_BCHW = rebuilt.moments.mean.float()
+    if rebuilt.codes is None:
+        none = latents_BCHW.new_zeros(len(latents_BCHW))
+        return none, none
+    entries_BCHW = rebuilt.codes.quantised.float()
+    codebook_BCHW = (latents_BCHW.detach() - entries_BCHW).square()
+    commitment_BCHW = (latents_BCHW - entries_BCHW.detach()).square()
+    return codebook_BCHW.flatten(1).mean(1), commitment_BCHW.flatten(1).mean(1)
 
 
 def perceptual_network(config: AutoencoderLossConfig, weights: str | None) -> "FrozenDistance | None":

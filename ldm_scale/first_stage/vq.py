@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ldm_scale.first_stage.base import FirstStage, Moments
+from ldm_scale.first_stage.base import Codes, FirstStage, Moments, Rebuilt
 from ldm_scale.first_stage.convolutional import ConvolutionalConfig
 
 DISTANCES_AT_ONCE = 2**22  # 16 MiB of float32; all (B H W, K) of them would be gigabytes for a batch of vq-f4
@@ -62,17 +61,30 @@ class AutoencoderVQ(FirstStage):
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Images of unscaled latents, around [-1, 1] and not clamped; quantises first, quantised latents stay."""
-        images_BCHW: Tensor = self.decoder(self.post_quant_conv(self.quantize(latents_BCHW)))
-        return images_BCHW
+        return self._decode(latents_BCHW, self.quantize(latents_BCHW))
 
     def decoding_parts(self) -> list[Callable[[Tensor], Tensor]]:
         first, *others = self.decoder.parts()
-        return [lambda latents_BCHW: first(self.post_quant_conv(self.quantize(latents_BCHW))), *others]
 
-    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Moments]:
-        """The latent is certain, so the noise changes nothing. No gradient reaches the codebook from here."""
+        def begin(latents_BCHW: Tensor) -> Tensor:
+            return first(self.post_quant_conv(_straight_through(latents_BCHW, self.quantize(latents_BCHW))))
+
+        return [begin, *others]
+
+    def forward(self, images_BCHW: Tensor, noise_BCHW: Tensor) -> Rebuilt:
+        """The latent is certain, so the noise changes nothing. Gradients of the images pass the codebook by."""
         moments = self.encode(images_BCHW)
-        return self.decode(moments.sample(noise_BCHW)), moments
+        codes = self.quantize(moments.mean)
+        return Rebuilt(self._decode(moments.mean, codes), moments, codes)
+
+    def _decode(self, latents_BCHW: Tensor, codes: Codes) -> Tensor:
+        images_BCHW: Tensor = self.decoder(self.post_quant_conv(_straight_through(latents_BCHW, codes)))
+        return images_BCHW
+
+
+def _straight_through(latents_BCHW: Tensor, codes: Codes) -> Tensor:
+    """Exactly the nearest vectors, (B, C, H, W); their gradient goes to the latents as if nothing had happened."""
+    return codes.quantised.detach() + (latents_BCHW - latents_BCHW.detach())
 
 
 class Codebook(nn.Module):
@@ -83,20 +95,22 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, width)
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
-    def forward(self, latents_BCHW: Tensor) -> Tensor:
-        """Exactly the nearest vectors, (B, C, H, W); their gradient goes to the latents as if nothing had happened."""
-        vectors_BHWC = functional.embedding(self.codes(latents_BCHW), self.embedding.weight.detach())
-        return vectors_BHWC.movedim(-1, 1) + (latents_BCHW - latents_BCHW.detach())
+    def forward(self, latents_BCHW: Tensor) -> Codes:
+        indices_BHW = self.nearest(latents_BCHW)
+        quantised_BHWC = self.embedding(indices_BHW)
+        return Codes(quantised_BHWC.movedim(-1, 1), indices_BHW, self.embedding.num_embeddings)
 
     @torch.no_grad()
-    def codes(self, latents_BCHW: Tensor) -> Tensor:
+    def nearest(self, latents_BCHW: Tensor) -> Tensor:
         """Which vector is the nearest to each latent vector, (B, H, W) int64; the first of equally near ones."""
         batch, _, height, width = latents_BCHW.shape
         rows_MC = latents_BCHW.movedim(1, -1).flatten(0, 2).float()
         at_once = max(1, DISTANCES_AT_ONCE // self.embedding.num_embeddings)
-        return torch.cat([self._nearest(rows_NC) for rows_NC in rows_MC.split(at_once)]).view(batch, height, width)
+        return torch.cat([self._nearest_of_rows(rows_NC) for rows_NC in rows_MC.split(at_once)]).view(
+            batch, height, width
+        )
 
-    def _nearest(self, rows_NC: Tensor) -> Tensor:
+    def _nearest_of_rows(self, rows_NC: Tensor) -> Tensor:
         """Smallest squared distance, (N,), summed channel by channel.
 
         A matrix product would expand the square, lose the last bits where vectors lie close together, and be

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldm_scale.core import runtime
+from ldm_scale.first_stage.base import Rebuilt
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import Metrics
 
@@ -242,7 +243,7 @@ class Guard:
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """A forward hook; evaluation is none of its business."""
         if torch.is_grad_enabled():
-            first: Tensor = (output[0] if isinstance(output, tuple) else output).detach()
+            first: Tensor = (output.images if isinstance(output, Rebuilt) else output).detach()
             self._outputs.append(first if first.ndim == 1 else first.float().square().flatten(1).mean(1))
 
     def _judged(self, numbers: "_Read") -> Trouble | None:

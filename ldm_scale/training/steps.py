@@ -123,16 +123,19 @@ class AutoencoderStep:
         images_BCHW = batch.images.to(self._engine.device, non_blocking=True)
         noise_BCHW = rng.normal(self._seed, "autoencoder/posterior", positions_B, self._latent_shape)
         with self._engine.accumulate():
-            rebuilt_BCHW, moments = self._engine.model(images_BCHW, noise_BCHW)
-            terms = self._loss(images_BCHW, rebuilt_BCHW, moments)
+            rebuilt = self._engine.model(images_BCHW, noise_BCHW)
+            terms = self._loss(images_BCHW, rebuilt)
             self._engine.backward(terms.total.mean())
             grad_norm = self._engine.step(learning_rate)
         means = {
             "train/loss": terms.total.mean(),
             "train/l1": terms.l1.mean(),
             "train/perceptual": terms.perceptual.mean(),
-            "train/kl": terms.kl.mean(),
         }
+        if rebuilt.codes is None:
+            means["train/kl"] = terms.kl.mean()
+        else:
+            means["train/codebook"] = terms.codebook.mean()
         return {**self._mean(means), "train/grad_norm": grad_norm}
 
 

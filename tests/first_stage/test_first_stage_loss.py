@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg
 
-from ldm_scale.first_stage.base import Moments
+from ldm_scale.first_stage.base import Codes, Moments, Rebuilt
 from ldm_scale.first_stage.loss import (
     VGG16_FILE,
     AutoencoderLossConfig,
+    BetaOn,
     FrozenDistance,
     PerceptualKind,
     RandomFeatureDistance,
@@ -39,7 +40,7 @@ def test_total_is_the_reference_sum_over_pixels():
     images = torch.randn(2, 3, 4, 6)
     reconstructions = torch.randn(2, 3, 4, 6)
     moments = Moments(torch.randn(2, 4, 1, 1), torch.randn(2, 4, 1, 1))
-    terms = loss(images, reconstructions, moments)
+    terms = loss(images, Rebuilt(reconstructions, moments, None))
     errors = 2.0 * (images - reconstructions).abs() + 0.5 * torch.tensor([3.0, 5.0])[:, None, None, None]
     torch.testing.assert_close(terms.total, errors.sum((1, 2, 3)) + 1e-2 * kl_divergence(moments))
     torch.testing.assert_close(terms.l1, (images - reconstructions).abs().mean((1, 2, 3)))
@@ -47,10 +48,32 @@ def test_total_is_the_reference_sum_over_pixels():
     torch.testing.assert_close(terms.kl, kl_divergence(moments))
 
 
+@pytest.mark.parametrize("beta_on", BetaOn)
+def test_codebook_terms_move_each_its_side_and_beta_weighs_the_one_it_is_on(beta_on: BetaOn):
+    """By hand: the means over the values of an image and of a latent, as the reference's VQ loss reduces."""
+    config = AutoencoderLossConfig(perceptual=PerceptualKind.none, codebook_weight=3.0, beta=0.5, beta_on=beta_on)
+    latents = torch.tensor([[1.0, 2.0], [0.0, 4.0]]).view(2, 2, 1, 1).requires_grad_()
+    entries = torch.tensor([[1.5, 0.0], [2.0, 3.0]]).view(2, 2, 1, 1).requires_grad_()
+    codes = Codes(entries, torch.tensor([0, 1]).view(2, 1, 1), 2)
+    images = torch.rand(2, 3, 4, 4)
+    terms = ReconstructionLoss(config)(images, Rebuilt(images + 0.25, Moments(latents, None), codes))
+    distances = torch.tensor([(0.25 + 4) / 2, (4 + 1) / 2])
+    torch.testing.assert_close(terms.codebook, distances)
+    torch.testing.assert_close(terms.commitment, distances)
+    torch.testing.assert_close(terms.total, 0.25 + 3.0 * 1.5 * distances)
+    assert terms.kl.tolist() == [0, 0]
+    terms.total.sum().backward()
+    of_latents, of_entries = (0.5, 1.0) if beta_on is BetaOn.commitment else (1.0, 0.5)
+    apart = (latents - entries).detach()
+    torch.testing.assert_close(latents.grad, 3.0 * of_latents * apart)
+    torch.testing.assert_close(entries.grad, -3.0 * of_entries * apart)
+
+
 def test_low_precision_reconstructions_are_compared_in_float32():
     loss = ReconstructionLoss(AutoencoderLossConfig(perceptual=PerceptualKind.none))
     images = torch.full((1, 3, 64, 64), 0.5)
-    terms = loss(images, (images - 0.25).bfloat16(), Moments(torch.zeros(1, 1, 1, 1).bfloat16(), None))
+    moments = Moments(torch.zeros(1, 1, 1, 1).bfloat16(), None)
+    terms = loss(images, Rebuilt((images - 0.25).bfloat16(), moments, None))
     assert terms.total.dtype == torch.float32
     assert terms.total.item() == pytest.approx(0.25 * 3 * 64 * 64, rel=1e-6)
     assert terms.perceptual.item() == 0
@@ -127,6 +150,7 @@ def test_damaged_weights_are_not_loaded(tmp_path: Path):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"beta": -1.0}, r"^autoencoder_loss\.beta=-1\.0"),
         ({"kl_weight": -1.0}, r"^autoencoder_loss\.kl_weight=-1\.0"),
         ({"pixel_weight": 0.0, "perceptual": PerceptualKind.none}, r"^autoencoder_loss\.pixel_weight=0 .*nothing"),
     ],

@@ -75,8 +75,8 @@ def test_equals_diffusers_both_ways(mid_attention: bool):
         assert (encoded.mean - expected).abs().max() <= 1e-5 * expected.abs().max()
         quantised, _, (_, _, codes) = theirs.quantize(latents)
         assert len(codes.unique()) > 10
-        assert torch.equal(ours.quantize.codes(latents).flatten(), codes)
-        torch.testing.assert_close(ours.quantize(latents), quantised, rtol=0, atol=1e-6)
+        assert torch.equal(ours.quantize(latents).indices.flatten(), codes)
+        torch.testing.assert_close(ours.quantize(latents).quantised, quantised, rtol=0, atol=1e-6)
         decoded, expected_images = ours.decode(latents), theirs.decode(latents).sample
         assert expected_images.abs().max() > 0.1
         assert (decoded - expected_images).abs().max() <= 1e-5 * expected_images.abs().max()
@@ -87,25 +87,36 @@ def test_forward_quantises_the_latent_and_no_noise_moves_it():
     model = toy().eval()
     randomise(model, 3)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    out, moments = model(images, torch.randn(2, 3, 4, 4))
-    assert moments.mean.shape == (2, *model.config.latent_shape(16))
-    assert torch.equal(out, model(images, torch.zeros(2, 3, 4, 4))[0])
-    quantised = model.quantize(moments.mean)
-    assert not torch.equal(quantised, moments.mean)
+    rebuilt = model(images, torch.randn(2, 3, 4, 4))
+    out, latents, quantised = rebuilt.images, rebuilt.moments.mean, rebuilt.codes.quantised
+    assert latents.shape == (2, *model.config.latent_shape(16))
+    assert torch.equal(out, model(images, torch.zeros(2, 3, 4, 4)).images)
+    assert torch.equal(quantised, model.quantize(latents).quantised)
+    assert not torch.equal(quantised, latents)
+    assert torch.equal(out, model.decode(latents))
     assert torch.equal(out, model.decoder(model.post_quant_conv(quantised)))
     assert torch.equal(out, model.decode(quantised))  # what is quantised stays
 
 
-def test_gradients_pass_the_codebook_and_leave_it_alone():
+def test_gradients_of_images_pass_the_codebook_and_those_of_codes_move_it():
     model = toy()
     randomise(model, 4)
-    latents = torch.randn(2, 3, 4, 4, requires_grad=True)
-    weights = torch.randn(2, 3, 4, 4)
-    (model.quantize(latents) * weights).sum().backward()
-    assert torch.equal(latents.grad, weights)
-    model(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 4, 4))[0].square().mean().backward()
+    latents = torch.randn(2, 3, 4, 4)
+    quantised = model.quantize(latents).quantised.detach()
+    through, around = latents.clone().requires_grad_(), quantised.clone().requires_grad_()
+    model.decode(through).square().sum().backward()
+    model.decoder(model.post_quant_conv(around)).square().sum().backward()
+    torch.testing.assert_close(through.grad, around.grad)
+    model.zero_grad()
+    rebuilt = model(torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 4, 4))
+    rebuilt.images.square().mean().backward(retain_graph=True)
     without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert [name for name in without if not name.endswith("to_k.bias")] == ["quantize.embedding.weight"]
+    model.zero_grad()
+    rebuilt.codes.quantised.sum().backward()
+    grad, taken = model.quantize.embedding.weight.grad, rebuilt.codes.indices.flatten().bincount(minlength=32)
+    torch.testing.assert_close(grad, taken[:, None].expand(32, 3).float())
+    assert rebuilt.codes.size == 32
 
 
 class Largest(TorchDispatchMode):
@@ -130,7 +141,7 @@ def test_codes_are_the_nearest_in_any_chunks(monkeypatch: pytest.MonkeyPatch):
     for at_once in (1, 3 * 64, 10**9):  # rows at once: one; three, which do not divide 70; all
         monkeypatch.setattr(vq, "DISTANCES_AT_ONCE", at_once)
         with Largest() as largest:
-            codes = codebook.codes(latents)
+            codes = codebook.nearest(latents)
         assert torch.equal(codes, nearest)
         assert largest.numel <= max(min(at_once, 70 * 64), latents.numel())
 
@@ -139,17 +150,16 @@ def test_autocast_moves_no_code():
     torch.manual_seed(0)
     codebook, latents = Codebook(4096, 4), torch.randn(1, 4, 8, 8) / 4096  # as close together as they start
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(codebook.codes(latents), codebook.codes(latents.float()))
-        out = codebook(latents)
-    vectors = codebook.embedding.weight[codebook.codes(latents)].movedim(-1, 1)
-    assert torch.equal(out, vectors)
+        codes = codebook(latents)
+    assert torch.equal(codes.indices, codebook.nearest(latents))
+    assert torch.equal(codes.quantised, codebook.embedding.weight[codes.indices].movedim(-1, 1))
 
 
 def test_equally_near_vectors_give_the_first():
     codebook = Codebook(3, 1)
     with torch.no_grad():
         codebook.embedding.weight.copy_(torch.tensor([[5.0], [1.0], [-1.0]]))
-    assert codebook.codes(torch.zeros(1, 1, 1, 1)).item() == 1
+    assert codebook.nearest(torch.zeros(1, 1, 1, 1)).item() == 1
 
 
 def test_codebook_starts_uniform():
@@ -184,4 +194,4 @@ def test_compiles_without_graph_breaks():
     model = toy()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images, noise = torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 4, 4)
-    torch.testing.assert_close(compiled(images, noise)[0], model(images, noise)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(images, noise).images, model(images, noise).images, rtol=1e-4, atol=1e-5)

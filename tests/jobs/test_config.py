@@ -30,8 +30,7 @@ UNPUBLISHED = {  # of the networks that were never released; the others' are in 
     "inpainting_places_noattn": 215_230_467,
 }
 
-_VQ = "first_stage=autoencoder_vq cannot be trained"
-REFUSED = {name: _VQ for name in EXPERIMENTS if name.startswith("autoencoder_vq")} | {
+REFUSED = {
     name: f"conditioning={kind} cannot be trained yet"
     for kind, names in {
         "class_label": ["class_imagenet", "class_imagenet_ldm8"],
