@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ldm_scale.core import storage
 
-State = Literal["running", "preempted", "finished", "failed"]
+State = Literal["running", "preempted", "stopped", "finished", "failed"]
+"""Of these, `preempted` alone asks launchers to start the run again; `stopped` is a person's wish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class RunDir:
     def media(self) -> Path:
         """Pictures, `{name with / as __}/{images_seen:012d}.png`."""
         return self.path / "media"
+
+    @property
+    def control(self) -> Path:
+        """Where a person touches `save`, `sample` or `stop`."""
+        return self.path / "control"
 
     @property
     def checkpoints(self) -> Path:

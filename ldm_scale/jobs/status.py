@@ -36,7 +36,7 @@ class RunStatus:
 
     run: str
     state: str
-    """running, stale, preempted, finished or failed."""
+    """running, stale, preempted, stopped, finished or failed."""
     reason: str
     images: int
     total_images: int

@@ -19,6 +19,7 @@ from ldm_scale.tracking.report import write_report
 from ldm_scale.tracking.tracker import JsonLines, Silent, Tracker
 from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import Checkpoints
+from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, passed_over
@@ -31,9 +32,9 @@ log = runtime.logger(__name__)
 
 
 def run(job: jobs_config.TrainJob) -> None:
-    """Train to the end, or to the next preemption; called again, go on from the newest checkpoint.
+    """Train to the end, or until told to stop; called again, go on from the newest checkpoint.
 
-    exits  0 finished, 75 preempted, 1 failed; `status.json` in the run directory says the same
+    exits  0 finished or stopped, 75 preempted, 1 failed; `status.json` in the run directory says the same
     """
     startup = Startup()
     runtime.configure_logging()
@@ -212,6 +213,7 @@ def _assemble(
         meter=meter,
         startup=startup,
         preemption=preemption,
+        control=Control(run_dir),
         guard=guard,
         watchdog=watchdog,
         garbage=GarbageCollection(job.guard.collect_every),
@@ -234,9 +236,11 @@ def _assemble(
 
 def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:
     """Write how the run stands and the report, close the tracker, say where things are."""
-    under_way.tracker.event(under_way.images_seen, outcome)
+    reason = under_way.control.reason() if outcome == "stopped" else ""
+    under_way.tracker.event(under_way.images_seen, outcome, **({"reason": reason} if reason else {}))
     if runtime.is_main():
-        run_dir.write_status(outcome, images=under_way.images_seen)
+        run_dir.write_status(outcome, images=under_way.images_seen, reason=reason)
+    under_way.control.settle()
     under_way.tracker.finish(outcome)
     if runtime.is_main():
         write_report(run_dir)

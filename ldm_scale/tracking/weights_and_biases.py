@@ -36,7 +36,9 @@ _LOG = logging.getLogger(__name__)
 _CONNECT_S = 4.0  # a server that has not accepted a connection by then counts as unreachable
 _INIT_S = 8.0  # and one that accepted but has not answered by then too; together under 15 s
 _FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
-_EXIT_CODES: dict[State, int] = {"finished": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1, "running": 1}
+_EXIT_CODES: dict[State, int] = {
+    "finished": 0, "stopped": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1, "running": 1,
+}  # fmt: skip
 
 
 class Wandb:

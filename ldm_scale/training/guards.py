@@ -1,9 +1,9 @@
 """What keeps a training from going on wrong: every global batch's loss and gradient norm are judged, nobody waits.
 
-Each global batch leaves a few numbers on the device: loss, gradient norm, and how many ranks were told to stop. They
-are summed over ranks there, copied to pinned memory, and read a few global batches later: at once on a CPU, and
-whenever the loop waits for the device anyway, so that nothing is saved, scored or logged unjudged. All ranks read the
-same numbers at the same place; so they judge alike and act together without asking one another.
+Each global batch leaves a few numbers on the device: loss, gradient norm, how many ranks were told to stop, and what a
+person asks for. They are summed over ranks there, copied to pinned memory, and read a few global batches later: at once
+on a CPU, and whenever the loop waits for the device anyway, so that nothing is saved, scored or logged unjudged. All
+ranks read the same numbers at the same place; so they judge alike and act together without asking one another.
 
 An engine moves no weights where the gradient norm is not finite; what is done besides is a policy.
 
@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from ldm_scale.core import runtime
 from ldm_scale.first_stage.base import Rebuilt
+from ldm_scale.training.control import NOTHING, Wish
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import Metrics
 
@@ -127,6 +130,8 @@ class Heard:
     troubles: list[Trouble]
     stop: bool
     """Some rank was told to stop."""
+    asked: Wish
+    """By a person, of the run."""
 
 
 @dataclass(slots=True)
@@ -194,20 +199,24 @@ class Guard:
         """
         self._micro_batches.append((list(keys), self._outputs.pop()))
 
-    def hear(self, start: int, metrics: Metrics | None, *, told_to_stop: bool, at_once: bool) -> Heard:
+    def hear(
+        self, start: int, metrics: Metrics | None, *, told_to_stop: bool, asked: Wish = NOTHING, at_once: bool
+    ) -> Heard:
         """Leave one global batch's numbers, and judge those that are due.
 
         metrics       None for one that was passed over
         told_to_stop  this rank was
+        asked         what this rank found to be asked for; no two find the same
         at_once       judge all there are, this one too: waits for the device
         """
         self._samples[start], self._micro_batches = self._micro_batches, []
         loss, norm = (None, None) if metrics is None else (metrics["train/loss"], metrics["train/grad_norm"])
-        self._numbers.send(start, loss, norm, told_to_stop)
+        self._numbers.send(start, loss, norm, told_to_stop, asked)
         arrived = list(self._numbers.arrived(at_once))
         stop = any(numbers.votes > 0 for numbers in arrived)
         arrived += self._numbers.arrived(stop)  # nothing is saved unjudged
-        return Heard([trouble for numbers in arrived if (trouble := self._judged(numbers))], stop)
+        wishes = reduce(or_, (numbers.asked for numbers in arrived), NOTHING)
+        return Heard([trouble for numbers in arrived if (trouble := self._judged(numbers))], stop, wishes)
 
     def require_patience(self, trouble: Trouble) -> None:
         """Count a trouble.
@@ -280,6 +289,7 @@ class _Read:
     loss: float | None
     grad_norm: float | None
     votes: float
+    asked: Wish
 
 
 class _Numbers:
@@ -289,15 +299,15 @@ class _Numbers:
         self._device, self._world, self._late = engine.device, engine.world, late
         self._under_way: deque[tuple[int, bool, Tensor, torch.cuda.Event | None]] = deque()
 
-    def send(self, start: int, loss: Tensor | None, norm: Tensor | None, vote: bool) -> None:
+    def send(self, start: int, loss: Tensor | None, norm: Tensor | None, vote: bool, asked: Wish) -> None:
         zero = torch.zeros((), device=self._device)
-        told = torch.full((), float(vote), device=self._device)  # a fill: copying from the host would wait
-        numbers = torch.stack([zero if loss is None else loss.float(), zero if norm is None else norm.float(), told])
+        said = [torch.full((), float(one), device=self._device) for one in (vote, asked)]  # a copy would wait
+        numbers = torch.stack([zero if loss is None else loss.float(), zero if norm is None else norm.float(), *said])
         if self._world > 1:
             dist.all_reduce(numbers)
         arrived = None
         if self._device.type == "cuda":
-            numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         self._under_way.append((start, loss is None, numbers, arrived))
@@ -308,8 +318,9 @@ class _Numbers:
             start, passed_over, numbers, event = self._under_way.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, votes = (numbers / self._world).tolist()
-            yield _Read(start, None if passed_over else loss, None if passed_over else norm, votes)
+            loss, norm, votes, _ = (numbers / self._world).tolist()
+            wishes = Wish(int(numbers[3]))
+            yield _Read(start, None if passed_over else loss, None if passed_over else norm, votes, wishes)
 
     def forget(self) -> None:
         self._under_way.clear()

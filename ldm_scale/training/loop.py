@@ -5,7 +5,7 @@ Progress is counted in images seen; intervals, learning rate, EMA and random str
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.data.sources import SampleSource
 from ldm_scale.tracking.tracker import Tracker
 from ldm_scale.training.checkpoint import Checkpoints
+from ldm_scale.training.control import NOTHING, Control, Wish
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, Policy, TrainingDiverged, Trouble
@@ -24,7 +25,7 @@ from ldm_scale.training.telemetry import Startup
 from ldm_scale.training.throughput import Meter
 from ldm_scale.training.watchdog import Watchdog
 
-Outcome = Literal["finished", "preempted"]
+Outcome = Literal["finished", "preempted", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Run:
     meter: Meter
     startup: Startup
     preemption: runtime.Preemption
+    control: Control
     guard: Guard
     watchdog: Watchdog
     garbage: GarbageCollection
@@ -84,9 +86,9 @@ class Run:
 
 
 def fit(run: Run) -> Outcome:
-    """Train until `total_images` have been seen or a signal asks to stop; the last weights are saved either way."""
+    """Train until `total_images` have been seen, or a signal or a person asks to stop; the last weights are saved."""
     run.meter.restart()
-    stop = not _looked(run)
+    stop, stopped = not _looked(run), False
     run.startup.mark("first_look")
     with progress.bar("training", run.total_images, done=run.images_seen) as bar, run.garbage.scheduled():
         micro_batches = run.loader.batches(run.images_seen)
@@ -109,16 +111,22 @@ def fit(run: Run) -> Outcome:
             logs = run.log_clock.fires(before, run.images_seen) or last
             saves = run.save_clock.fires(before, run.images_seen) or last
             waits = logs or saves or run.due.evaluate or run.due.show
-            heard = run.guard.hear(before, metrics, told_to_stop=run.preemption.received, at_once=waits)
+            asked = run.control.wishes() if waits else NOTHING
+            told = run.preemption.received
+            heard = run.guard.hear(before, metrics, told_to_stop=told, asked=asked, at_once=waits)
             if heard.troubles and _rolled_back(run, heard.troubles):
                 micro_batches = run.loader.batches(run.images_seen)
                 continue
             if logs and metrics is not None:
                 bar.move(min(run.images_seen, run.total_images), _log(run, metrics, rate))
-            stop = heard.stop or not _looked(run)
-            if saves or stop or (logs and run.checkpoints.poll()):
+            if heard.asked:
+                _take_up(run, heard.asked)
+            stopped = Wish.stop in heard.asked and not last
+            stop = heard.stop or stopped or not _looked(run)
+            if saves or stop or Wish.save in heard.asked or (logs and run.checkpoints.poll()):
                 _save(run)
-    return "preempted" if stop else "finished"
+            run.control.done(heard.asked, run.images_seen)
+    return "stopped" if stopped else "preempted" if stop else "finished"
 
 
 def _global_batch(run: Run, micro_batches: Iterator[Any], rate: float) -> Metrics | None:
@@ -131,6 +139,12 @@ def _global_batch(run: Run, micro_batches: Iterator[Any], rate: float) -> Metric
             metrics = run.step(batch, rate)
             run.guard.remember(batch.keys)
     return metrics
+
+
+def _take_up(run: Run, asked: Wish) -> None:
+    """Begin to do what a person asks for."""
+    run.due = replace(run.due, show=run.due.show or Wish.sample in asked)
+    run.tracker.event(run.images_seen, "control", asked=run.control.take_up(asked))
 
 
 def _started(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM to one rank of two, whatever they are at: both save, say so and exit 75; the run goes on undisturbed."""
+"""SIGTERM to one rank of two, or a file that a person touches: both save, say so and exit; the run goes on the same."""
 
 import signal
 from pathlib import Path
@@ -8,7 +8,7 @@ from fault_runs import Launch, Toy, curve, differing, events, saving
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import complete_ones, read_state
+from ldm_scale.training.checkpoint import complete_ones, images_of, read_state
 
 # Twenty batches to draw for a score.
 HOW = ("every.evaluate=48", "every.sample=48", "every.save=8", "evaluation.images=40", "evaluation.batch=2")
@@ -52,3 +52,28 @@ def test_told_to_stop_at_the_start_in_an_evaluation_and_in_a_save(toy: Toy, tmp_
         assert curve(run, name) == curve(undisturbed, name)
     pictures = [[str(path.relative_to(one)) for path in sorted(one.glob("media/*/*"))] for one in (run, undisturbed)]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+def test_control_files_sample_save_and_stop(toy: Toy, tmp_path: Path) -> None:
+    run, how = tmp_path / "run", ("total_images=400", "every.save=400")
+    control, checkpoints = RunDir(run).control, RunDir(run).checkpoints
+    control.mkdir(parents=True)
+    (control / "sample").touch()  # before there is a run
+    launch = toy.train(run, *how)
+    assert launch.reaches(lambda: not (control / "sample").exists()), launch.said()
+    (control / "save").touch()
+    assert launch.reaches(lambda: not (control / "save").exists()), launch.said()
+    saved = images_of(complete_ones(checkpoints)[0])
+    (control / "stop").touch()
+    assert launch.ended() == [0, 0], launch.said()
+
+    status = storage.read_json(RunDir(run).status)
+    assert status["state"] == "stopped" and status["reason"].startswith("asked by control/stop, touched 2")
+    assert images_of(complete_ones(checkpoints)[0]) == status["images"] < 400
+    told = [(event["images_seen"], list(event["asked"])) for event in events(run, "control")]
+    assert told == [(8, ["sample"]), (saved, ["save"]), (status["images"], ["stop"])]
+    assert [path.stem for path in (run / "media" / "samples__grid").iterdir()] == [f"{8:012d}"]
+    assert list(control.iterdir()) == []
+    toy.train(run, *how).finish()
+    assert max(curve(run)) == 400

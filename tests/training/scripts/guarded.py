@@ -25,6 +25,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.tracking.goodput import Ledger
 from ldm_scale.tracking.tracker import JsonLines, Silent
 from ldm_scale.training.checkpoint import Checkpoints
+from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.guards import GarbageCollection, Guard, GuardConfig, Policy, TrainingDiverged, passed_over
 from ldm_scale.training.loop import Clock, Looks, Run, fit
@@ -119,7 +120,7 @@ def training(
         engine=engine, step=step, source=source, learning_rate=lambda _: 1e-3, ema=ema, checkpoints=checkpoints,
         loader=Loader(source, global_batch=8, micro_batch=2, rank=engine.rank, world=engine.world),
         tracker=tracker, meter=meter, startup=Startup(),
-        preemption=runtime.Preemption(), guard=guard, garbage=GarbageCollection(3),
+        preemption=runtime.Preemption(), control=Control(run_dir), guard=guard, garbage=GarbageCollection(3),
         watchdog=Watchdog(path / "stacks", minutes=1, phase_minutes=1, on_end=lambda reason: None),
         rewind=lambda to: tracker.start({}, resume_at=to), averaged=nullcontext, evaluate=dict, conditions={},
         show=lambda _: None, state={}, global_batch=8, total_images=TOTAL, log_clock=Clock(log_every),
