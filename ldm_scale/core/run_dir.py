@@ -44,9 +44,19 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def alerts(self) -> Path:
+        """One JSON object a line: `{time, images_seen, alert, level, text, run, host}`."""
+        return self.path / "alerts.jsonl"
+
+    @property
     def media(self) -> Path:
         """Pictures, `{name with / as __}/{images_seen:012d}.png`."""
         return self.path / "media"
+
+    @property
+    def told(self) -> Path:
+        """There once another rank has told of the end of rank 0: of many, one does."""
+        return self.path / ".told"
 
     @property
     def control(self) -> Path:
@@ -78,7 +88,7 @@ class RunDir:
         )
 
     def read_lines(self, file: Path) -> list[dict[str, Any]]:
-        """Every whole line of `metrics` or `events`; what a kill cut short, or ran together, is left out."""
+        """Every whole line of `metrics`, `events` or `alerts`; what a kill cut short, or ran together, is left out."""
         if not file.exists():
             return []
         values = []

@@ -46,8 +46,14 @@ class RunStatus:
     loss: float | None
     goodput: float | None
     """Share of the time since the first launch that went into steps that were kept, as of the last log line."""
+    checkpoint_age_s: float | None
+    """Seconds since the newest complete checkpoint was written; None where there is none."""
     heartbeat_age_s: float
     """Seconds since the last sign of life."""
+    alerts: int
+    """Since the last launch."""
+    last_alert: str
+    """What the newest of them is about; empty where there is none."""
     gpus: int
     """Processes of the last launch."""
     gpu_hours: float
@@ -69,6 +75,9 @@ class RunStatus:
         images = max([status["images"], *(line["images_seen"] for line in metrics[-1:])])
         rate, total = _last(metrics, "perf/images_per_s"), config["total_images"]
         launches = [event for event in events if event["event"] in LAUNCHES]
+        launched = launches[-1]["time"] if launches else 0.0
+        alerts = [alert["alert"] for alert in run_dir.read_lines(run_dir.alerts) if alert["time"] >= launched]
+        saved = [file.stat().st_mtime for file in run_dir.checkpoints.glob("images_*[0-9]/complete.json")]
         return cls(
             run=str(run_dir.path),
             state=state,
@@ -79,7 +88,10 @@ class RunStatus:
             images_per_s=rate,
             loss=_last(metrics, "train/loss"),
             goodput=_last(metrics, "perf/goodput"),
+            checkpoint_age_s=now - max(saved) if saved else None,
             heartbeat_age_s=age,
+            alerts=len(alerts),
+            last_alert=alerts[-1] if alerts else "",
             gpus=launches[-1]["world"] if launches else 0,
             gpu_hours=_gpu_hours(launches, signs),
             restarts=max(0, len(launches) - 1),
@@ -122,8 +134,10 @@ def _gpu_hours(launches: Sequence[dict[str, Any]], signs: Sequence[float]) -> fl
 def show(runs: Sequence[RunStatus]) -> Table:
     """One line a run."""
     table = Table(box=box.SIMPLE)
-    for column in ("run", "state", "images", "%", "ETA", "images/s", "loss", "goodput", "last sign", "GPU h", "host"):
-        table.add_column(column, justify="left" if column in ("run", "state", "host") else "right", overflow="fold")
+    words = ("run", "state", "alerts", "host")
+    numbers = ("images", "%", "ETA", "images/s", "loss", "goodput", "saved", "last sign", "GPU h")
+    for column in (*words[:2], *numbers, *words[2:]):
+        table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for run in runs:
         table.add_row(
             run.run,
@@ -134,8 +148,10 @@ def show(runs: Sequence[RunStatus]) -> Table:
             "-" if run.images_per_s is None else f"{run.images_per_s:,.1f}",
             "-" if run.loss is None else f"{run.loss:.4f}",
             "-" if run.goodput is None else f"{run.goodput:.1%}",
+            "-" if run.checkpoint_age_s is None else duration(run.checkpoint_age_s),
             duration(run.heartbeat_age_s),
             f"{run.gpu_hours:,.1f}",
+            Text(f"{run.alerts}: {run.last_alert}" if run.alerts else "", style="bold red"),
             f"{run.host} x{run.gpus}" + (f", {run.restarts} restarts" if run.restarts else ""),
         )
     return table

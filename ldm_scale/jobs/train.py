@@ -46,14 +46,16 @@ def run(job: jobs_config.TrainJob) -> None:
     if identity.is_finished(run_dir, job.total_images):
         log.info("%s is finished: nothing to train. A new run: name=ANOTHER_NAME", run_dir.path)
         return
-    with _status_kept(run_dir):
-        outcome = _train(job, run_dir, plain, changed, preemption, startup)
+    tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
+    with _status_kept(run_dir, tracker):
+        outcome = _train(job, run_dir, tracker, plain, changed, preemption, startup)
     runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
 
 
 def _train(
     job: jobs_config.TrainJob,
     run_dir: RunDir,
+    tracker: Tracker,
     plain: dict[str, Any],
     changed: identity.Changes,
     preemption: runtime.Preemption,
@@ -61,15 +63,17 @@ def _train(
 ) -> Outcome:
     parent = None if checkpoint.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
+    if runtime.is_main():
+        run_dir.told.unlink(missing_ok=True)  # before any rank can be lost to the watchdog
     watchdog = Watchdog(
         run_dir.path / "stacks",
         minutes=job.guard.watchdog_minutes,
         phase_minutes=job.guard.phase_minutes,
-        on_end=lambda reason: _write_failed(run_dir, reason),
+        on_end=lambda reason: _ended(job, run_dir, tracker, reason),
     )
     startup.mark("process_group")
     try:
-        outcome = _watched(job, run_dir, plain, changed, preemption, startup, parent, engine, watchdog)
+        outcome = _watched(job, run_dir, tracker, plain, changed, preemption, startup, parent, engine, watchdog)
         watchdog.close()
         return outcome
     except Exception as error:
@@ -81,6 +85,7 @@ def _train(
 def _watched(
     job: jobs_config.TrainJob,
     run_dir: RunDir,
+    tracker: Tracker,
     plain: dict[str, Any],
     changed: identity.Changes,
     preemption: runtime.Preemption,
@@ -89,7 +94,6 @@ def _watched(
     engine: Engine,
     watchdog: Watchdog,
 ) -> Outcome:
-    tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
 
     def on_bad(key: str, reason: str, position: int) -> None:
         tracker.event(position, "bad_sample", key=key, reason=reason)
@@ -138,9 +142,6 @@ def _watched(
             buffers = {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
             stage.publish({**averaged, **buffers}, run_dir)
         return _closed(run_dir, under_way, outcome)
-    except Exception:
-        tracker.finish("failed")
-        raise
     finally:
         under_way.loader.close()
         checkpoints.close()
@@ -249,21 +250,31 @@ def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:
 
 
 @contextlib.contextmanager
-def _status_kept(run_dir: RunDir) -> Iterator[None]:
-    """Write `failed` and the reason where training ends by an error."""
+def _status_kept(run_dir: RunDir, tracker: Tracker) -> Iterator[None]:
+    """Tell that it failed, and the reason, where training ends by an error."""
     try:
         yield
     except Exception as error:
         if runtime.is_main() and run_dir.path.exists():
             reason = "".join(traceback.format_exception_only(error)).strip()
-            run_dir.write_status("failed", images=_images(run_dir), reason=reason)
+            _failed(run_dir, tracker, reason)
+            tracker.finish("failed")
         raise
 
 
-def _write_failed(run_dir: RunDir, reason: str) -> None:
-    """For the watchdog: by rank 0, or where that is lost by whoever comes first."""
-    if runtime.is_main() or storage.read_json(run_dir.status)["state"] != "failed":
-        run_dir.write_status("failed", images=_images(run_dir), reason=reason)
+def _ended(job: jobs_config.TrainJob, run_dir: RunDir, tracker: Tracker, reason: str) -> None:
+    """For the watchdog: tell that training failed, on rank 0, or where that is lost on whichever comes first."""
+    if runtime.is_main():
+        _failed(run_dir, tracker, reason)
+        return
+    with contextlib.suppress(FileExistsError), open(run_dir.told, "x"):
+        _failed(run_dir, job.tracker.files(run_dir), reason)
+
+
+def _failed(run_dir: RunDir, tracker: Tracker, reason: str) -> None:
+    images = _images(run_dir)
+    run_dir.write_status("failed", images=images, reason=reason)
+    tracker.event(images, "failed", reason=reason)
 
 
 def _rewind(run_dir: RunDir, meter: Meter, images: int) -> None:

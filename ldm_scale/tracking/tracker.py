@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import math
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
+from ldm_scale.tracking.alerts import AlertCommand, alert_of
 from ldm_scale.tracking.weights_and_biases import Wandb
 
 CAPTION_KEY = "caption"  # PNG text chunk that holds a picture's caption
@@ -69,25 +71,28 @@ class Silent:
 
 
 class JsonLines:
-    """`metrics.jsonl`, `events.jsonl` and `media/` of the run directory: the truth, of which all else is a view.
+    """`metrics.jsonl`, `events.jsonl`, `alerts.jsonl` and `media/` of the run directory: the truth; all else is a view.
 
     A line has left this process when `log` returns, so a kill costs at most the line being written. What a killed
     process recorded after the checkpoint that is resumed from will be recorded again: `start` takes those metrics and
-    pictures away, and the files end up as if nothing had been interrupted. Events are history and stay, but for a torn
-    last line. JSON has no word for a number that is not finite: among metrics it is null, in an event a string.
+    pictures away, and the files end up as if nothing had been interrupted. Events and alerts are history and stay, but
+    for a torn last line. JSON has no word for a number that is not finite: among metrics it is null, in an event a
+    string.
 
     A full disk ends no training here: lines wait until there is room, pictures are left out.
     """
 
-    def __init__(self, run_dir: RunDir) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: RunDir, alert_command: str | None = None) -> None:
+        self._run_dir, self._command = run_dir, AlertCommand(alert_command)
         self._metrics, self._events = _Lines(run_dir.metrics), _Lines(run_dir.events)
+        self._alerts = _Lines(run_dir.alerts)
 
     def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
         self._run_dir.path.mkdir(parents=True, exist_ok=True)
         kept_up_to = resume_at if resume_at > 0 else -1
         _rewrite_lines(self._run_dir, self._run_dir.metrics, keep_up_to=kept_up_to)
-        _rewrite_lines(self._run_dir, self._run_dir.events, keep_up_to=None)
+        for history in (self._run_dir.events, self._run_dir.alerts):
+            _rewrite_lines(self._run_dir, history, keep_up_to=None)
         for picture in self._run_dir.media.glob("*/*.png"):
             if int(picture.stem) > kept_up_to:
                 picture.unlink()
@@ -104,9 +109,16 @@ class JsonLines:
             Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
-        self._events.append({"time": time.time(), "images_seen": images_seen, "event": kind, **fields})
+        now = {"time": time.time(), "images_seen": images_seen}
+        self._events.append({**now, "event": kind, **fields})
+        if alert := alert_of(kind, fields):
+            told = {"alert": alert.kind, "level": alert.level, "text": alert.text}
+            line = {**now, **told, "run": str(self._run_dir.path), "host": socket.gethostname()}
+            self._alerts.append(line)
+            self._command.tell(line)
 
-    def finish(self, state: State) -> None: ...
+    def finish(self, state: State) -> None:
+        self._command.close()
 
 
 class Several:
@@ -161,14 +173,20 @@ class TrackerConfig:
     """W&B group, to see runs of one study together."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+    alert_command: str | None = None
+    """Shell command that is run for alerts, each as one JSON object on its standard input: a mail, a chat message."""
 
     def __post_init__(self) -> None:
         if not self.project or any(c in self.project for c in "/\\#?%:"):
             raise ValueError(f"tracker.project={self.project!r}; give a name without any of / \\ # ? % :")
 
+    def files(self, run_dir: RunDir) -> JsonLines:
+        """The part of it that no network is needed for."""
+        return JsonLines(run_dir, self.alert_command)
+
     def build(self, run_dir: RunDir) -> Tracker:
         """The tracker of rank 0."""
-        files = JsonLines(run_dir)
+        files = self.files(run_dir)
         if not self.wandb:
             return files
         view = Wandb(

@@ -28,6 +28,7 @@ import numpy as np
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.core.runtime import PREEMPTED_EXIT_CODE
+from ldm_scale.tracking.alerts import QUIET_S, alert_of
 
 if TYPE_CHECKING:
     import wandb
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _CONNECT_S = 4.0  # a server that has not accepted a connection by then counts as unreachable
 _INIT_S = 8.0  # and one that accepted but has not answered by then too; together under 15 s
+_TITLE = 63  # characters of an alert's title that W&B takes
 _FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
 _EXIT_CODES: dict[State, int] = {
     "finished": 0, "stopped": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1, "running": 1,
@@ -79,8 +81,12 @@ class Wandb:
         self._try(lambda: self._send(images_seen, {shown: wandb.Image(grid, caption=caption, file_type="png")}))
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
-        """Mark the moment; events.jsonl has the fields."""
+        """Mark the moment; events.jsonl has the fields. An alert is sent too, where the run is online."""
         self._send(images_seen, {f"events/{kind}": 1})
+        run, alert = self._run, alert_of(kind, fields)
+        if run is not None and alert is not None and not run.offline:
+            title = f"{kind}: {shown_name(self._run_dir)}"[:_TITLE]
+            self._try(lambda: run.alert(title, alert.text, alert.level.upper(), wait_duration=QUIET_S))
 
     def finish(self, state: State) -> None:
         def close() -> None:
@@ -127,7 +133,7 @@ class Wandb:
         )
         return wandb.init(
             id=run_id(self._run_dir),
-            name="/".join(self._run_dir.path.absolute().parts[-2:]),
+            name=shown_name(self._run_dir),
             resume="allow",
             reinit="create_new",
             dir=self._run_dir.path,
@@ -181,6 +187,11 @@ class _Sent:
         temporary.write_text(json.dumps({"rows": self._rows, "images_seen": self._high_water}))
         os.replace(temporary, self._path)
         return row
+
+
+def shown_name(run_dir: RunDir) -> str:
+    """What W&B calls this training: EXPERIMENT/NAME."""
+    return "/".join(run_dir.path.absolute().parts[-2:])
 
 
 def run_id(run_dir: RunDir) -> str:

@@ -32,6 +32,7 @@ SILENT_S = 40.0
 
 _SUSPECT_S = 3 * BEAT_S  # the same, once a collective has failed here
 _ANSWER_S = 10.0  # that the store may take
+_TELL_S = 10.0  # that `on_end` may take
 _END = "end"
 _NO_STORE = "rank 0 was lost"
 
@@ -169,9 +170,10 @@ class Watchdog:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname()}: {reason}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        with suppress(OSError):
-            if self._rank == 0 or reason.startswith(_NO_STORE):
-                self._on_end(reason)
+        if self._rank == 0 or reason.startswith(_NO_STORE):
+            telling = threading.Thread(target=self._on_end, args=(reason,), daemon=True)  # a disk may be what hangs
+            telling.start()
+            telling.join(_TELL_S)
         if self._world > 1:
             time.sleep(2 * BEAT_S)  # the others read the reason first, and write what they are at
         os._exit(1)

@@ -44,8 +44,9 @@ def test_the_run_after_a_torn_line_stays_readable(run_dir: RunDir):
 
 def test_no_two_things_share_a_name(run_dir: RunDir):
     places = [
-        run_dir.config, run_dir.status, run_dir.metrics, run_dir.events, run_dir.media, run_dir.checkpoints,
-        run_dir.weights, run_dir.report, run_dir.wandb, run_dir.control,
+        run_dir.config, run_dir.status, run_dir.metrics, run_dir.events, run_dir.alerts, run_dir.media,
+        run_dir.checkpoints, run_dir.weights, run_dir.report, run_dir.wandb, run_dir.control,
+        run_dir.told,
     ]  # fmt: skip
     assert len(set(places)) == len(places)
     assert {place.parent for place in places} == {run_dir.path}

@@ -56,7 +56,8 @@ def test_told_to_stop_at_the_start_in_an_evaluation_and_in_a_save(toy: Toy, tmp_
 
 @pytest.mark.slow
 def test_control_files_sample_save_and_stop(toy: Toy, tmp_path: Path) -> None:
-    run, how = tmp_path / "run", ("total_images=400", "every.save=400")
+    run, told = tmp_path / "run", tmp_path / "told.jsonl"
+    how = ("total_images=400", "every.save=400", f"tracker.alert_command='cat >> {told}'")
     control, checkpoints = RunDir(run).control, RunDir(run).checkpoints
     control.mkdir(parents=True)
     (control / "sample").touch()  # before there is a run
@@ -71,9 +72,12 @@ def test_control_files_sample_save_and_stop(toy: Toy, tmp_path: Path) -> None:
     status = storage.read_json(RunDir(run).status)
     assert status["state"] == "stopped" and status["reason"].startswith("asked by control/stop, touched 2")
     assert images_of(complete_ones(checkpoints)[0]) == status["images"] < 400
-    told = [(event["images_seen"], list(event["asked"])) for event in events(run, "control")]
-    assert told == [(8, ["sample"]), (saved, ["save"]), (status["images"], ["stop"])]
+    asked = [(event["images_seen"], list(event["asked"])) for event in events(run, "control")]
+    assert asked == [(8, ["sample"]), (saved, ["save"]), (status["images"], ["stop"])]
     assert [path.stem for path in (run / "media" / "samples__grid").iterdir()] == [f"{8:012d}"]
     assert list(control.iterdir()) == []
+    (alert,) = RunDir(run).read_lines(RunDir(run).alerts)
+    assert (alert["alert"], alert["text"]) == ("stopped", status["reason"])
+    assert RunDir(run).read_lines(told) == [alert]
     toy.train(run, *how).finish()
     assert max(curve(run)) == 400

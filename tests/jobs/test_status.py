@@ -1,6 +1,7 @@
 """How runs stand, from files alone."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,21 @@ def test_a_finished_run_is_never_stale_and_a_failed_one_says_why(tmp_path: Path)
 
 def test_a_status_written_after_the_last_number_is_a_sign_of_life(tmp_path: Path) -> None:
     assert RunStatus.read(a_run(tmp_path, at=BEGAN + 5000), now=BEGAN + 5001).heartbeat_age_s == 1
+
+
+def test_the_age_of_the_newest_checkpoint_and_the_alerts_since_the_last_launch(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path, restarted=True)
+    assert RunStatus.read(run_dir, now=BEGAN).checkpoint_age_s is None
+    for name, at in (("100", 900), ("200", 1800), ("300.abandoned", 2700)):
+        complete = run_dir.checkpoints / f"images_000000000{name}" / "complete.json"
+        complete.parent.mkdir(parents=True)
+        complete.touch()
+        os.utime(complete, (BEGAN + at, BEGAN + at))
+    (run_dir.checkpoints / "images_000000000400").mkdir()  # under way
+    alerts = [(BEGAN + 1000, "failed"), (BEGAN + 7300, "save_failed"), (BEGAN + 7400, "straggler")]
+    run_dir.alerts.write_text("".join(json.dumps({"time": at, "alert": kind}) + "\n" for at, kind in alerts))
+    found = RunStatus.read(run_dir, now=BEGAN + 10_900)
+    assert (found.checkpoint_age_s, found.alerts, found.last_alert) == (9100, 2, "straggler")
 
 
 def test_runs_are_found_in_folders_of_runs(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""However a training ends badly, status, events and alerts say so, once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import config, train
+
+
+def told(run_dir: RunDir) -> list[tuple[str, str]]:
+    status = json.loads(run_dir.status.read_text())
+    lines = [line["event"] for line in run_dir.read_lines(run_dir.events)]
+    lines += [line["alert"] for line in run_dir.read_lines(run_dir.alerts)]
+    return [(status["state"], status["reason"]), *((line, "") for line in lines)]
+
+
+def a_job(path: Path) -> config.TrainJob:
+    overrides = ["+experiment=autoencoder_kl_f4", "scale=toy", f"run_dir={path}", "tracker.wandb=false"]
+    return config.compose("train", overrides)
+
+
+def test_an_error(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    tracker = a_job(tmp_path).tracker.build(run_dir)
+    with pytest.raises(OSError), train._status_kept(run_dir, tracker):
+        raise OSError("gone")
+    assert told(run_dir) == [("failed", "OSError: gone"), ("failed", ""), ("failed", "")]
+
+
+def test_the_watchdog_where_rank_0_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, job = RunDir(tmp_path), a_job(tmp_path)
+    monkeypatch.setenv("RANK", "5")
+    for _ in range(3):  # of 511 ranks
+        train._ended(job, run_dir, train.Silent(), "rank 0 was lost")
+    assert told(run_dir) == [("failed", "rank 0 was lost"), ("failed", ""), ("failed", "")]
