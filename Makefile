@@ -15,6 +15,7 @@ LAUNCH  := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --nu
 	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 READY := $(VENV)/.ready
 IMG2DATASET := .local/img2dataset/bin/img2dataset
+DEBIAN := chromium iproute2 munge slurm-client slurmctld slurmd
 JOB   := +experiment=$(EXPERIMENT) scale=$(SCALE) $(ARGS)
 
 TOY       := data/toy
@@ -30,8 +31,8 @@ OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.vali
 OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help setup img2dataset demo demo-openmoji test test-fast test-faults lint types bench model-table toy plan \
-	precompute-latents train status sample evaluate report clean
+.PHONY: help setup system-packages img2dataset demo demo-openmoji test test-fast test-faults lint types bench model-table \
+	toy plan precompute-latents train status sample evaluate report clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,12 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[data,test]'
 	touch $(READY)
+
+system-packages: ## What tests use beside Python: a Slurm of their own, network namespaces, a browser (Debian, as root)
+	@missing=$$(for name in $(DEBIAN); do dpkg -s $$name 2>/dev/null | grep -q ' installed' || printf ' %s' $$name; done); \
+	test -z "$$missing" || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } || \
+	echo "Tests are skipped for want of packages; as root: apt-get install$$missing"
 
 img2dataset: $(IMG2DATASET) ## img2dataset for data_tools.download, apart: it wants an older webdataset
 
@@ -68,7 +75,7 @@ toy: setup ## Toy shards and a first stage trained on them: what SCALE=toy jobs 
 	@python -m data_tools.make_toy_world $(TOY) --backgrounds white
 	@python train.py +experiment=autoencoder_kl_f4 scale=toy
 
-test: setup $(IMG2DATASET) ## Every test
+test: setup system-packages $(IMG2DATASET) ## Every test
 	pytest -n 2 --dist loadfile
 
 test-fast: setup ## The inner loop: no slow tests, under 2 minutes
