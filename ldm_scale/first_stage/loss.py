@@ -64,6 +64,10 @@ class AutoencoderLossConfig:
     """Weight of one codebook term against the other."""
     beta_on: BetaOn = BetaOn.commitment
     """Which of them it multiplies."""
+    codebook_window: int = 10_000
+    """Images over which it is counted which entries of a codebook are taken: train/codebook_usage."""
+    restart_codes: bool = False
+    """Entries that no latent took in a window start again at latents drawn from the batch that ends it."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -75,6 +79,8 @@ class AutoencoderLossConfig:
         ):
             if value < 0:
                 raise ValueError(f"autoencoder_loss.{name}={value}; must be at least 0")
+        if self.codebook_window < 1:
+            raise ValueError(f"autoencoder_loss.codebook_window={self.codebook_window}; at least 1 image")
         if self.pixel_weight == 0 and (self.perceptual is PerceptualKind.none or self.perceptual_weight == 0):
             raise ValueError(
                 "autoencoder_loss.pixel_weight=0 and no perceptual distance: nothing would be reconstructed"

@@ -121,3 +121,13 @@ class Codebook(nn.Module):
             difference_NK = channel_N1 - channel_K
             distances_NK.addcmul_(difference_NK, difference_NK)
         return distances_NK.argmin(dim=1)
+
+
+def usage(counts_K: Tensor) -> Tensor:
+    """Share of a codebook's entries that were taken at all, () float32, from how often each was."""
+    return (counts_K > 0).float().mean()
+
+
+def perplexity(counts_K: Tensor) -> Tensor:
+    """e to the entropy of the entry taken, () float32: K where all are taken equally often, 1 where one always is."""
+    return torch.special.entr(counts_K / counts_K.sum()).sum().exp()

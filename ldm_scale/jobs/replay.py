@@ -83,7 +83,7 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
     stage.require_same_stream(state)
     found = [
         Compared(images_seen=images, name=name, logged=lines[images][name], found=values[name])
-        for images, values in _steps(job, engine, stage, begin, steps)
+        for images, values in _steps(job, engine, ema, stage, state, steps)
         if images in lines
         for name in _COMPARED
     ]
@@ -94,10 +94,11 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
 
 
 def _steps(
-    job: jobs_config.TrainJob, engine: Engine, stage: Stage, images: int, steps: int
+    job: jobs_config.TrainJob, engine: Engine, ema: EMA, stage: Stage, state: dict[str, Any], steps: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Images seen after each optimizer step, and its numbers over all ranks: the loop, without its looks and saves."""
-    step = stage.step(engine)
+    step, images = stage.step(engine, ema), int(state["images_seen"])
+    step.resume(state)
     loader: Loader[Any] = Loader(
         stage.source,
         global_batch=engine.global_batch,

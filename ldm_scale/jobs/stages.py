@@ -21,6 +21,7 @@ from ldm_scale.data.shards import ShardSet
 from ldm_scale.data.sources import ImageBatch, OnBad, SampleSource
 from ldm_scale.first_stage.base import FirstStage, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss, perceptual_network
+from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.precompute import identity
@@ -30,6 +31,8 @@ from ldm_scale.latent_diffusion.model import LatentDiffusion
 from ldm_scale.samplers.base import Frame
 from ldm_scale.tracking.grid import labelled_grid
 from ldm_scale.tracking.tracker import Tracker
+from ldm_scale.training.codebook import CodebookWatch
+from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
@@ -49,7 +52,7 @@ class Stage(ABC):
     """Where batches come from."""
 
     @abstractmethod
-    def step(self, engine: Engine) -> Step[Any]:
+    def step(self, engine: Engine, ema: EMA) -> Step[Any]:
         """What the loop calls for each micro batch."""
 
     @abstractmethod
@@ -107,9 +110,14 @@ class AutoencoderStage(Stage):
         self._loss = ReconstructionLoss(job.autoencoder_loss, None if perceptual is None else perceptual.to(device))
         self._scores = ReconstructionScores(job.evaluation, job.paths, self._held_out)
 
-    def step(self, engine: Engine) -> Step[Any]:
+    def step(self, engine: Engine, ema: EMA) -> Step[Any]:
+        loss, seed = self._job.autoencoder_loss, self._job.seed
+        codebook = None
+        if isinstance(self._job.first_stage, AutoencoderVQConfig):
+            window, restart = loss.codebook_window, loss.restart_codes
+            codebook = CodebookWatch(engine, ema, window=window, restart=restart, seed=seed)
         shape = self._job.first_stage.latent_shape(self._job.data.transform.size)
-        return AutoencoderStep(engine, loss=self._loss, latent_shape=shape, seed=self._job.seed)
+        return AutoencoderStep(engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook)
 
     def evaluate(self, between: Between) -> dict[str, float]:
         return self._scores(self.module, between)
@@ -201,7 +209,7 @@ class DiffusionStage(Stage):
         assert statistics is not None
         return statistics.std
 
-    def step(self, engine: Engine) -> Step[Any]:
+    def step(self, engine: Engine, ema: EMA) -> Step[Any]:
         return DiffusionStep(
             engine,
             conditioner=self.module.conditioner,

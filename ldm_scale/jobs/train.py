@@ -200,11 +200,13 @@ def _assemble(
         peak=peak_flops(engine.device, engine.compute_dtype),
     )
     guard = Guard(job.guard, engine, passed_over(run_dir.read_lines(run_dir.events)))
+    step = stage.step(engine, ema)
     if state is not None:
         guard.resume(state)
+        step.resume(state)
     return Run(
         engine=engine,
-        step=stage.step(engine),
+        step=step,
         source=stage.source,
         loader=loader,
         learning_rate=lambda images: job.optimizer.learning_rate_at(images, job.total_images),

@@ -183,6 +183,7 @@ def _roll_back(run: Run, trouble: Trouble) -> None:
     begin, end = run.guard.pass_over(trouble)
     run.images_seen, run.due = state["images_seen"], Looks(**state["due"])
     run.guard.resume(state)
+    run.step.resume(state)
     run.rewind(run.images_seen)
     run.meter.restart()
     names = [path.name for path in abandoned]
@@ -224,6 +225,11 @@ def _looked(run: Run) -> bool:
 
 def _save(run: Run) -> None:
     with run.watchdog.phase("save"), run.meter.pause("checkpoint"):
-        own = {"images_seen": run.images_seen, "due": asdict(run.due), "guard": run.guard.state()}
+        own = {
+            "images_seen": run.images_seen,
+            "due": asdict(run.due),
+            "guard": run.guard.state(),
+            "step": run.step.state(),
+        }
         run.checkpoints.save({**own, **run.state})
     run.guard.saved()

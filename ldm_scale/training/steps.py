@@ -19,6 +19,7 @@ from ldm_scale.diffusion.timesteps import draw_timesteps
 from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss
 from ldm_scale.latent_diffusion.model import DiffusionConfig
+from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.engine import Engine
 
 Batch = TypeVar("Batch", contravariant=True)
@@ -33,6 +34,14 @@ class Step(Protocol[Batch]):
 
         returns  means over the micro batches of this rank so far in this global batch, as device scalars
         """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must carry as `step`, as JSON values. Collective."""
+        ...
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
         ...
 
 
@@ -92,6 +101,13 @@ class DiffusionStep:
             grad_norm = self._engine.step(learning_rate)
         return {**self._mean({"train/loss": loss}), "train/grad_norm": grad_norm}
 
+    def state(self) -> dict[str, Any]:
+        """Nothing: every draw is a function of the position."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to go on from."""
+
     def _latents(self, batch: Any, positions_B: Tensor) -> Tensor:
         """A draw from each posterior, scaled to unit variance, (B, C, H, W) float32."""
         moments = self._moments(batch, self._engine.device)
@@ -113,9 +129,17 @@ class AutoencoderStep:
     """Images to the loss of a first stage (Rombach et al. 2022, section 3.1 and appendix G)."""
 
     def __init__(
-        self, engine: Engine, *, loss: ReconstructionLoss, latent_shape: tuple[int, int, int], seed: int
+        self,
+        engine: Engine,
+        *,
+        loss: ReconstructionLoss,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        codebook: CodebookWatch | None,
     ) -> None:
+        """`codebook` watches that of the first stage, where it has one."""
         self._engine, self._loss, self._latent_shape, self._seed = engine, loss, latent_shape, seed
+        self._codebook = codebook
         self._mean = _Mean(engine)
 
     def __call__(self, batch: ImageBatch, learning_rate: float) -> Metrics:
@@ -136,7 +160,15 @@ class AutoencoderStep:
             means["train/kl"] = terms.kl.mean()
         else:
             means["train/codebook"] = terms.codebook.mean()
-        return {**self._mean(means), "train/grad_norm": grad_norm}
+        found = {} if self._codebook is None else self._codebook.take(rebuilt)
+        return {**self._mean(means), "train/grad_norm": grad_norm, **found}
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._codebook is None else self._codebook.state()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        if self._codebook is not None:
+            self._codebook.resume(state["step"])
 
 
 class _Mean:

@@ -98,6 +98,12 @@ class Step:
         mean = torch.stack(self.losses[-self.engine.accumulation :]).mean()
         return {"train/loss": mean, "train/grad_norm": norm}
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        pass
+
 
 def training(
     engine: Any, path: Path, config: GuardConfig, source: Any, *, late: int | None = None, log_every: int = 8
