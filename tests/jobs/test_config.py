@@ -153,6 +153,14 @@ def test_a_first_stage_without_weights_is_not_trained() -> None:
     assert "first_stage=identity cannot be trained" in message
 
 
+def test_entries_of_a_codebook_that_zero_cuts_up_are_not_restarted() -> None:
+    restarts = ["+experiment=autoencoder_vq_f4", "scale=toy", "autoencoder_loss.restart_codes=true"]
+    assert config.compose("train", [*restarts, "engine=ddp"]).autoencoder_loss.restart_codes
+    message = refusal([*restarts, "engine=zero2"])
+    assert "autoencoder_loss.restart_codes=true with engine.kind=zero2" in message
+    assert "engine=ddp" in message
+
+
 def test_full_scale_asks_for_a_name_and_for_an_experiment() -> None:
     assert "name=VALUE" in refusal(["+experiment=txt2img_laion"])
     message = refusal(["name=x"])
