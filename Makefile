@@ -2,9 +2,11 @@
 
 PYTHON     ?= python3
 VENV       ?= .venv
+EXTRAS     ?= data,test
 EXPERIMENT ?= txt2img_laion
 SCALE      ?= full
 ARGS       ?=
+DS_OPS     ?= DS_BUILD_SHM_COMM=1
 PROCESSES  ?= 1
 RUN        ?= runs/$(EXPERIMENT)/$(SCALE)
 
@@ -14,6 +16,9 @@ THREADS := $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) '|' 1)
 LAUNCH  := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_processes $(PROCESSES) --num_machines 1 \
 	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 READY := $(VENV)/.ready
+# TORCH=system keeps the torch that $(PYTHON) has, a vendor's perhaps. WHEELHOUSE=DIR takes every package from there.
+PINS   := $(if $(filter system,$(TORCH)),$(VENV)/constraints.txt,constraints.txt)
+SOURCE := $(if $(WHEELHOUSE),--no-index --find-links $(abspath $(WHEELHOUSE)))
 IMG2DATASET := .local/img2dataset/bin/img2dataset
 DEBIAN := chromium iproute2 munge slurm-client slurmctld slurmd
 JOB   := +experiment=$(EXPERIMENT) scale=$(SCALE) $(ARGS)
@@ -31,8 +36,8 @@ OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.vali
 OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system-packages img2dataset demo demo-openmoji test test-fast test-faults lint types bench model-table \
-	toy plan precompute-latents train status sample evaluate report clean
+.PHONY: help setup system-packages wheelhouse prebuild-ops img2dataset demo demo-openmoji test test-fast test-faults lint \
+	types bench model-table toy plan precompute-latents train status sample evaluate report clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +47,10 @@ help: ## This list
 setup: $(READY) ## Make .venv with everything (once)
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[data,test]'
+	$(if $(WHEELHOUSE),cd $(WHEELHOUSE) && sha256sum --quiet --check SHA256SUMS)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
+	$(if $(filter system,$(TORCH)),$(VENV)/bin/python launchers/keep_torch.py constraints.txt > $(PINS))
+	$(VENV)/bin/pip install --quiet --upgrade-strategy only-if-needed $(SOURCE) -c $(PINS) -e '.[$(EXTRAS)]'
 	touch $(READY)
 
 system-packages: ## What tests use beside Python: a Slurm of their own, network namespaces, a browser (Debian, as root)
@@ -51,6 +58,17 @@ system-packages: ## What tests use beside Python: a Slurm of their own, network 
 	test -z "$$missing" || { test "$$(id -u)" = 0 && apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null; } || \
 	echo "Tests are skipped for want of packages; as root: apt-get install$$missing"
+
+wheelhouse: ## Everything that setup installs, as wheels, for machines without internet: WHEELHOUSE=DIR
+	@test -n '$(WHEELHOUSE)' || { echo 'error: say where: make wheelhouse WHEELHOUSE=DIR' >&2; exit 2; }
+	$(PYTHON) -m pip wheel --quiet --wheel-dir $(WHEELHOUSE) -c constraints.txt '.[$(EXTRAS)]' 'setuptools>=77'
+	cd $(WHEELHOUSE) && rm -f ldm_scale-*.whl && sha256sum *.whl > SHA256SUMS
+	@du -sh $(WHEELHOUSE) && echo "On a machine with the same system and Python: make setup WHEELHOUSE=$(WHEELHOUSE)"
+
+prebuild-ops: setup ## Build DeepSpeed's operators now, not at the first step: DS_OPS=DS_BUILD_CPU_ADAM=1 for others
+	$(VENV)/bin/pip install --quiet 'setuptools>=77'
+	$(DS_OPS) $(VENV)/bin/pip install --quiet --force-reinstall --no-deps --no-cache-dir --no-build-isolation \
+		--no-binary deepspeed -c constraints.txt deepspeed
 
 img2dataset: $(IMG2DATASET) ## img2dataset for data_tools.download, apart: it wants an older webdataset
 
