@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -28,6 +29,13 @@ def world() -> int:
 def is_main() -> bool:
     """True on rank 0, which alone writes what there is one of."""
     return rank() == 0
+
+
+def join() -> None:
+    """Let processes that were launched together speak with each other, however long that may be between two words."""
+    if world() > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(weeks=4))
 
 
 def barrier() -> None:

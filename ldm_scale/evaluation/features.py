@@ -10,10 +10,13 @@ Shape letters: B batch, C channels, H W height and width, D feature width.
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from PIL import Image
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -27,18 +30,24 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Features(nn.Module, ABC):
     """A fixed network from images to features.
 
-    name    what a Frechet distance on these features is logged as
-    dim     D
-    digest  sha256 of what fixes the numbers; two scores compare only if it is the same
+    name     what a Frechet distance on these features is logged as
+    dim      D
+    digest   sha256 of what fixes the numbers; two scores compare only if it is the same
+    classes  K, of `logits`; None for a network that does not classify
     """
 
     name: str
     dim: int
     digest: str
+    classes: int | None = None
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) images in [-1, 1] to (B, D) float32 features."""
+
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """(B, K) for the Inception score."""
+        raise NotImplementedError(f"{self.name} does not classify")
 
 
 class RandomFeatures(Features):
@@ -95,14 +104,23 @@ def _random_filters(scale: int, wide_in: int, wide_out: int, *, sighted: int) ->
     return (filters * math.sqrt(3 / (9 * wide_in))).float()
 
 
+class Resizing(Enum):
+    """How images are brought to the 299 x 299 pixels of Inception."""
+
+    reference = "reference"
+    """As TensorFlow 1 did, for which published FIDs were computed: bilinear, without a filter against aliasing."""
+    clean = "clean"
+    """Bicubic with such a filter, by Pillow, unrounded; Parmar et al. 2022 (clean-fid)."""
+
+
 class InceptionFeatures(Features):
-    """The 2,048 pooled features of Inception-v3 (2015-12-05), evaluated by torch-fidelity: resized as TensorFlow 1 did.
+    """The 2,048 pooled features of Inception-v3 (2015-12-05), as torch-fidelity evaluates it.
 
     weights  the folder `paths.weights` that holds INCEPTION_FILE
     raises   FileNotFoundError when it does not
     """
 
-    def __init__(self, weights: str | Path):
+    def __init__(self, weights: str | Path, resizing: Resizing = Resizing.reference):
         super().__init__()
         file = Path(weights) / INCEPTION_FILE
         if not file.is_file():
@@ -114,11 +132,38 @@ class InceptionFeatures(Features):
             file, map_location="cpu", weights_only=True
         )  # refuse a pickle that runs code: the next line would not
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
-        self.dim = 2048
-        self.digest = storage.sha256_file(file)
-        self.name = "fid" if self.digest == INCEPTION_SHA256 else "fd_inception"
+        self.dim, self.classes = 2048, self.network.fc.out_features
+        self._resizing = resizing
+        sha256 = storage.sha256_file(file)
+        clean = resizing is Resizing.clean
+        self.digest = hashlib.sha256(f"{sha256} clean".encode()).hexdigest() if clean else sha256
+        self.name = ("fid" if sha256 == INCEPTION_SHA256 else "fd_inception") + ("_clean" if clean else "")
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        features_BD: Tensor = self.network(tensors.to_uint8(images_BCHW))[0]
+        pixels_BCHW = tensors.to_uint8(images_BCHW)
+        if self._resizing is Resizing.reference:
+            return self._pooled(pixels_BCHW)
+        resized_BCHW = _resize_cleanly(pixels_BCHW).to(pixels_BCHW.device)
+        # The network takes whole numbers alone, and resizes them itself: what its first layer gets is put in there.
+        hook = self.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, given: ((resized_BCHW - 128) / 128,))
+        with hook:
+            return self._pooled(pixels_BCHW)
+
+    @torch.no_grad()
+    def logits(self, features_BD: Tensor) -> Tensor:
+        """Without the bias of the last layer, as Salimans et al. 2016 and torch-fidelity have it."""
+        return features_BD @ self.network.fc.weight.T
+
+    def _pooled(self, pixels_BCHW: Tensor) -> Tensor:
+        features_BD: Tensor = self.network(pixels_BCHW)[0]
         return features_BD
+
+
+def _resize_cleanly(pixels_BCHW: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 to (B, 3, 299, 299) float32 on the CPU, 0 to 255."""
+    side = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
+    planes = pixels_BCHW.flatten(0, 1).cpu().float().numpy()
+    resized = [Image.fromarray(plane, mode="F").resize((side, side), Image.Resampling.BICUBIC) for plane in planes]
+    stacked = torch.from_numpy(np.stack([np.asarray(plane) for plane in resized]))
+    return stacked.clamp(0, 255).unflatten(0, pixels_BCHW.shape[:2])

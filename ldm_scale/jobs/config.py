@@ -31,6 +31,7 @@ from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.config import DataConfig, Origin
+from ldm_scale.evaluation.statistics import Score
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.identity import IdentityConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -61,6 +62,8 @@ class Features(Enum):
     """A fixed random-weight network: needs no download, logs `fd_random`."""
     inception = "inception"
     """Inception v3 of the FID paper, from `paths.weights`; logs `fid`."""
+    inception_clean = "inception_clean"
+    """The same on images resized as clean-fid does; logs `fid_clean`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,7 +102,11 @@ class EvaluationConfig:
     batch: int
     """Images made at once, per process."""
     features: Features
-    """What the Frechet distance is measured in."""
+    """The network that looks at images."""
+    scores: list[Score]
+    """What generated and real images are compared by."""
+    reference: str | None
+    """File of a reference set's statistics (`evaluate.py write_reference=FILE`); None takes the held-out images."""
     caption_accuracy: bool
     """Read colour, shape and position back from generated pictures; true in the toy world only."""
     grid: int

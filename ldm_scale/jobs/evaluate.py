@@ -17,11 +17,14 @@ from ldm_scale.latent_diffusion.generate import Generator
 def run(job: jobs_config.EvaluateJob) -> None:
     """Print the scores, and write them with everything they depend on to `evaluation/` in the run directory."""
     runtime.configure_logging()
+    runtime.join()
     run_dir = RunDir(Path(job.run_dir))
     source = loading.TrainingRun(run_dir, name=job.checkpoint, which=job.weights)
     trained = source.load(runtime.device())
     data = replace(source.data, validation=job.validation or source.data.validation)
-    scores = GenerationScores(job.evaluation, job.paths, HeldOutImages.read(data, job.evaluation.images))
+    held_out = HeldOutImages.open(data, job.evaluation.images)
+    transform = jobs_config.to_plain(data.transform)
+    scores = GenerationScores(job.evaluation, job.paths, held_out, transform, runtime.device())
     generator = Generator(
         model=trained.model,
         first_stage=trained.first_stage,
@@ -31,6 +34,8 @@ def run(job: jobs_config.EvaluateJob) -> None:
         seed=job.seed,
     )
     found = scores(generator)
+    if not runtime.is_main():
+        runtime.leave()
     images_seen = source.checkpoint.name.removeprefix("images_")
     out = run_dir.path / "evaluation" / f"{images_seen}_{job.weights.replace('/', '_')}.json"
     conditions = {"weights": trained.described, **scores.conditions(generator)}
@@ -42,3 +47,4 @@ def run(job: jobs_config.EvaluateJob) -> None:
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
     print(f"scores and what they depend on: {out}")
+    runtime.leave()

@@ -8,17 +8,16 @@ Shape letters: B batch, C channels, H W height and width in pixels.
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ldm_scale.conditioning.spatial import NO_LABEL, LabelMapConfig
 from ldm_scale.core import progress, runtime, storage, weights
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.shares import ranges
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.first_stage.loss import AutoencoderLossConfig, PerceptualKind, perceptual_network
 from ldm_scale.images import fit
@@ -41,7 +40,7 @@ def run(job: jobs_config.SampleJob) -> None:
     exits  0 done, 75 preempted
     """
     runtime.configure_logging()
-    _join_world()
+    runtime.join()
     preemption = runtime.Preemption()
     source = _source(job)
     asked = requests.read(job, source.config.conditioning, source.first_stage.latent_channels)
@@ -173,12 +172,6 @@ class Artist:
         return torch.stack([fit.read_mask(one.files["masks"], self._size) for one in batch]).to(self._device)
 
 
-def _join_world() -> None:
-    """Let processes that were launched together agree on a checkpoint and on the end; nothing is sent in between."""
-    if runtime.world() > 1:
-        dist.init_process_group("gloo", timeout=timedelta(weeks=4))
-
-
 def _source(job: jobs_config.SampleJob) -> loading.ModelSource:
     if job.model is not None:
         return loading.ModelDirectory(Path(job.model))
@@ -225,8 +218,7 @@ def _folder(job: jobs_config.SampleJob, who: list[str]) -> Path:
 
 def _share(count: int, batch: int) -> list[range]:
     """The batches of this process, each the indices of its pictures."""
-    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
-    return batches[runtime.rank() :: runtime.world()]
+    return ranges(count, batch)[runtime.rank() :: runtime.world()]
 
 
 def _draw(

@@ -1,52 +1,50 @@
 """Scores of a first or second stage on held-out images: what training logs at intervals and `evaluate.py` prints.
 
-Every rank computes the same, on fixed images with fixed noise, so a score depends on neither batch nor world.
+All ranks share the work. Which images are a batch, and their noise, depend on their numbers alone, so a score depends
+on neither world nor time. Images are read, made and looked at batch by batch; none is kept.
 
 Shape letters: N images in all, B images at once, C channels, H W height and width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_scale.core import runtime
+from ldm_scale.core.shares import add_up, ranges, shared
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.config import DataConfig
 from ldm_scale.data.order import Order
-from ldm_scale.data.sources import ImageSource
+from ldm_scale.data.sources import ImageBatch, ImageSource
 from ldm_scale.evaluation.alignment import caption_accuracy
-from ldm_scale.evaluation.distribution import FeatureMoments, Gaussian, frechet_distance
-from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures
+from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing
 from ldm_scale.evaluation.reconstruction import psnr, ssim
+from ldm_scale.evaluation.statistics import Collector, Statistics, compare, load_reference
 from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.generate import Generator
 
 Between = Callable[[], None]
-"""Called between batches of something that takes long; what it raises ends the rest."""
-Part = TypeVar("Part")
+"""Called between batches of something that takes long, by all ranks together; what it raises ends the rest."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutImages:
-    """Images that training does not see.
+    """Images that training does not see, in a fixed shuffle; read when they are looked at.
 
-    images_NCHW  in [-1, 1], on the CPU
-    captions     one each
-    digest       of the shards they come from: which reference set a score was computed against
+    count   how many of them are used
+    digest  of the shards they come from: which reference set a score was computed against
     """
 
-    images_NCHW: Tensor
-    captions: list[str]
-    digest: str
+    def __init__(self, source: ImageSource, count: int, digest: str) -> None:
+        self._source, self.count, self.digest = source, count, digest
 
     @classmethod
-    def read(cls, data: DataConfig, count: int) -> "HeldOutImages":
-        """The first `count` images of a fixed shuffle of `data.validation` (all of them, where there are fewer).
+    def open(cls, data: DataConfig, count: int) -> "HeldOutImages":
+        """The first `count` images of `data.validation` (all of them, where there are fewer).
 
         raises  ValueError or FileNotFoundError naming data.validation
         """
@@ -54,40 +52,76 @@ class HeldOutImages:
         source = ImageSource(
             shards, Order(n=shards.n, seed=0), data.transform.build(), seed=0, task=data.task, threads=data.threads
         )
-        batch = source.read(np.arange(min(count, shards.n)))
-        return cls(images_NCHW=batch.images, captions=batch.captions, digest=shards.content_id)
+        return cls(source, min(count, shards.n), shards.content_id)
+
+    def read(self, indices: range) -> ImageBatch:
+        """Images in [-1, 1], on the CPU, with their captions."""
+        return self._source.read(np.array(indices))
+
+    def shared(self, batch: int) -> Iterator[tuple[range, ImageBatch, bool]]:
+        """This rank's batches of them: numbers, images, and whether they count (see core/shares.py)."""
+        for indices, counts in shared(ranges(self.count, batch)):
+            yield indices, self.read(indices), counts
 
 
 class GenerationScores:
-    """Frechet distance to held-out images and, in the toy world, caption accuracy of generated ones."""
+    """Distance of generated images to a reference set and, in the toy world, caption accuracy."""
 
     def __init__(
-        self, config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig, held_out: HeldOutImages
+        self,
+        config: jobs_config.EvaluationConfig,
+        paths: jobs_config.PathsConfig,
+        held_out: HeldOutImages,
+        transform: dict[str, Any],
+        device: torch.device,
     ) -> None:
+        """Look at the reference set. Collective.
+
+        transform  how training prepares images, plain values: a reference file must have prepared its own alike
+        """
         self._config, self._held_out = config, held_out
-        self._features = _features(config, paths)
-        self._reference = _moments(self._features, list(held_out.images_NCHW.split(config.batch)))
+        self._features = features_of(config, paths).to(device)
+        captions: list[tuple[int, list[str]]] = []
+        look = _Look(config, self._features, held_out.count) if config.reference is None else None
+        for indices, batch, counts in held_out.shared(config.batch):
+            if counts:
+                captions.append((indices.start, batch.captions))
+                if look is not None:
+                    look.add(indices.start, batch.images, batch.captions)
+        parts = sorted(part for rank in runtime.gathered(captions) for part in rank)
+        self.captions = [caption for _, part in parts for caption in part]
+        """Of the held-out images, in their order."""
+        if look is not None:
+            self._reference, self._real = look.finish()
+            self._reference_is = held_out.digest
+        else:
+            wanted = {"features": self._features.digest, "transform": transform}
+            kept = load_reference(Path(str(config.reference)), wanted, config.scores)
+            self._reference, self._real, self._reference_is = kept.statistics, {}, kept.digest
 
     def __call__(self, generator: Generator, between: Between = lambda: None) -> dict[str, float]:
-        """Generate one image for each of the first `evaluation.images` held-out captions, and score them."""
-        captions = [self._held_out.captions[i % len(self._held_out.captions)] for i in range(self._config.images)]
-        drawn = paused(generator.batches(captions, self._config.batch), between)
-        batches = [images_BCHW.cpu() for images_BCHW in drawn]
-        distance = frechet_distance(_moments(self._features, paused(batches, between)), self._reference)
-        return {f"eval/{self._features.name}": distance, **self._caption_accuracy(captions, torch.cat(batches))}
+        """Generate `evaluation.images` images of held-out captions, and score them. Collective."""
+        look = _Look(self._config, self._features, self._config.images)
+        for indices, counts in shared(ranges(self._config.images, self._config.batch)):
+            between()
+            captions = [self.captions[i % len(self.captions)] for i in indices]
+            images_BCHW = generator.images(captions, indices)
+            if counts:
+                look.add(indices.start, images_BCHW, captions)
+        statistics, accuracy = look.finish()
+        found = compare(statistics, self._reference, self._config.scores, self._features.name)
+        return {f"eval/{name}": value for name, value in {**found, **accuracy}.items()}
 
     def real(self) -> dict[str, float]:
         """The same caption accuracy on the held-out images themselves: what a perfect model would reach."""
-        held_out = self._held_out
-        accuracy = self._caption_accuracy(held_out.captions, held_out.images_NCHW)
-        return {f"{name}_real": value for name, value in accuracy.items()}
+        return {f"eval/{name}_real": value for name, value in self._real.items()}
 
     def conditions(self, generator: Generator) -> dict[str, Any]:
         """What a score depends on besides the weights."""
         return {
             "n": self._config.images,
-            "reference_images": len(self._held_out.images_NCHW),
-            "reference": self._held_out.digest,
+            "reference_images": self._reference.gaussian.count,
+            "reference": self._reference_is,
             "features": self._features.digest,
             "sampler": jobs_config.to_plain(generator.sampler)["schema"],
             "steps": generator.sampler.steps,
@@ -95,48 +129,73 @@ class GenerationScores:
             "seed": generator.seed,
         }
 
-    def _caption_accuracy(self, captions: list[str], images_NCHW: Tensor) -> dict[str, float]:
-        if not self._config.caption_accuracy:
-            return {}
-        accuracy = caption_accuracy(captions, to_uint8(images_NCHW).permute(0, 2, 3, 1).numpy())
-        return {
-            "eval/caption_accuracy": accuracy.overall,
-            "eval/colour_accuracy": accuracy.colour,
-            "eval/shape_accuracy": accuracy.shape,
-            "eval/position_accuracy": accuracy.position,
-        }
+
+class _Look:
+    """Takes in a set of pictures with their captions: statistics of the one, accuracy of the other."""
+
+    def __init__(self, config: jobs_config.EvaluationConfig, features: Features, count: int) -> None:
+        self._collector = Collector(features, count, config.scores)
+        self._right = torch.zeros(len(_ACCURACIES), dtype=torch.float64) if config.caption_accuracy else None
+        self._count = count
+
+    def add(self, start: int, images_BCHW: Tensor, captions: list[str]) -> None:
+        self._collector.add(start, images_BCHW)
+        if self._right is not None:
+            accuracy = caption_accuracy(captions, to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy())
+            shares = [accuracy.overall, accuracy.colour, accuracy.shape, accuracy.position]
+            self._right += torch.tensor(shares, dtype=torch.float64) * accuracy.n
+
+    def finish(self) -> tuple[Statistics, dict[str, float]]:
+        """Of what all ranks took in. Collective."""
+        statistics = self._collector.finish()
+        if self._right is None:
+            return statistics, {}
+        add_up(self._right)
+        return statistics, dict(zip(_ACCURACIES, (self._right / self._count).tolist(), strict=True))
+
+
+_ACCURACIES = ("caption_accuracy", "colour_accuracy", "shape_accuracy", "position_accuracy")
 
 
 class ReconstructionScores:
     """Fidelity of encoding and decoding held-out images with the mean of the posterior."""
 
     def __init__(
-        self, config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig, held_out: HeldOutImages
+        self,
+        config: jobs_config.EvaluationConfig,
+        paths: jobs_config.PathsConfig,
+        held_out: HeldOutImages,
+        device: torch.device,
     ) -> None:
         self._config, self._held_out = config, held_out
-        self._images_NCHW = held_out.images_NCHW[: config.images]
-        self._features = _features(config, paths)
-        self._reference = _moments(self._features, [self._images_NCHW])
+        self._features = features_of(config, paths).to(device)
 
     @torch.no_grad()
     def __call__(self, first_stage: FirstStage, between: Between = lambda: None) -> dict[str, float]:
-        """PSNR in decibels, SSIM, and the Frechet distance of reconstructions to their originals."""
-        parts = paused(self._images_NCHW.split(self._config.batch), between)
-        pairs = [(part, reconstruct(first_stage, part)) for part in parts]
-        return {
-            "eval/psnr": float(torch.cat([psnr(rebuilt, images) for images, rebuilt in pairs]).mean()),
-            "eval/ssim": float(torch.cat([ssim(rebuilt, images) for images, rebuilt in pairs]).mean()),
-            f"eval/{self._features.name}": frechet_distance(
-                _moments(self._features, paused([rebuilt for _, rebuilt in pairs], between)), self._reference
-            ),
-        }
+        """PSNR in decibels, SSIM, and the Frechet distance of reconstructions to their originals. Collective."""
+        count = self._held_out.count
+        originals, copies = (Collector(self._features, count, self._config.scores) for _ in range(2))
+        fidelity = torch.zeros(2, dtype=torch.float64)
+        for indices, batch, counts in self._held_out.shared(self._config.batch):
+            between()
+            if not counts:
+                continue
+            rebuilt_BCHW = reconstruct(first_stage, batch.images)
+            originals.add(indices.start, batch.images)
+            copies.add(indices.start, rebuilt_BCHW)
+            found = [measure(rebuilt_BCHW, batch.images).double().sum() for measure in (psnr, ssim)]
+            fidelity += torch.stack(found)
+        add_up(fidelity)
+        distances = compare(copies.finish(), originals.finish(), self._config.scores, self._features.name)
+        named = {**dict(zip(("psnr", "ssim"), (fidelity / count).tolist(), strict=True)), **distances}
+        return {f"eval/{name}": value for name, value in named.items()}
 
     def conditions(self) -> dict[str, Any]:
         """What a score depends on besides the weights."""
-        return {"n": len(self._images_NCHW), "reference": self._held_out.digest, "features": self._features.digest}
+        return {"n": self._held_out.count, "reference": self._held_out.digest, "features": self._features.digest}
 
 
-def paused(parts: Iterable[Part], between: Between) -> Iterator[Part]:
+def paused(parts: Iterator[Tensor], between: Between) -> Iterator[Tensor]:
     """The same parts, with `between` called after each is made."""
     for part in parts:
         between()
@@ -150,14 +209,15 @@ def reconstruct(first_stage: FirstStage, images_BCHW: Tensor) -> Tensor:
     return first_stage.decode(first_stage.encode(images_BCHW.to(device)).mean).clamp(-1, 1).cpu()
 
 
-def _moments(features: Features, batches: Iterable[Tensor]) -> Gaussian:
-    moments = FeatureMoments(features.dim)
-    for images_BCHW in batches:
-        moments.add(features(images_BCHW))
-    return moments.finish()
+def features_of(config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig) -> Features:
+    """The network that images are looked at with.
 
-
-def _features(config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig) -> Features:
-    if config.features is jobs_config.Features.random:
-        return RandomFeatures()
-    return InceptionFeatures(Path(paths.weights))
+    raises  FileNotFoundError where its weights are not in paths.weights
+    """
+    match config.features:
+        case jobs_config.Features.random:
+            return RandomFeatures()
+        case jobs_config.Features.inception:
+            return InceptionFeatures(Path(paths.weights))
+        case jobs_config.Features.inception_clean:
+            return InceptionFeatures(Path(paths.weights), Resizing.clean)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm_scale.conditioning.clip_text import CachedTextConditioner
 from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.shares import add_up
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match, require_text
 from ldm_scale.data.config import DataConfig, Origin
@@ -103,12 +104,12 @@ class AutoencoderStage(Stage):
     def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
         self._job = job
         shards = open_images(job.data)
-        self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
+        self._held_out = HeldOutImages.open(job.data, job.evaluation.images)
         self.source = job.data.image_source(shards, job.seed, on_bad=on_bad)
         self.module: FirstStage = job.first_stage.build()
         perceptual = perceptual_network(job.autoencoder_loss, job.paths.weights)
         self._loss = ReconstructionLoss(job.autoencoder_loss, None if perceptual is None else perceptual.to(device))
-        self._scores = ReconstructionScores(job.evaluation, job.paths, self._held_out)
+        self._scores = ReconstructionScores(job.evaluation, job.paths, self._held_out, device)
 
     def step(self, engine: Engine, ema: EMA) -> Step[Any]:
         loss, seed = self._job.autoencoder_loss, self._job.seed
@@ -127,7 +128,8 @@ class AutoencoderStage(Stage):
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Originals above their reconstructions."""
-        images_BCHW = self._held_out.images_NCHW[: self._job.evaluation.grid // 2]
+        shown = range(min(self._job.evaluation.grid // 2, self._held_out.count))
+        images_BCHW = self._held_out.read(shown).images
         pair = to_uint8(torch.cat((images_BCHW, reconstruct(self.module, images_BCHW)))).permute(0, 2, 3, 1).numpy()
         labels = ["original"] * len(images_BCHW) + ["reconstruction"] * len(images_BCHW)
         grid = labelled_grid(pair, labels, columns=len(images_BCHW), title=f"after {images_seen:,} images")
@@ -159,7 +161,7 @@ class DiffusionStage(Stage):
         caches = job.data.open_latents() if is_cached else {}
         shards = {} if is_cached else open_images(job.data)
         loading.first_stage_weights(job.first_stage)
-        self._held_out = HeldOutImages.read(job.data, job.evaluation.images)
+        self._held_out = HeldOutImages.open(job.data, job.evaluation.images)
         self._first_stage = loading.first_stage(job.first_stage).to(device)
         self._text_encoder = loading.text_encoder(job.conditioning)
         self.module: LatentDiffusion = job.latent_diffusion.build_trained()
@@ -178,7 +180,8 @@ class DiffusionStage(Stage):
             self.source = images = job.data.image_source(shards, job.seed, prepare, on_bad)
             std = self._std_of_first_batch(encoded, images, device)
         self._latent_scale = scale_of_latents(job.first_stage.scale, std)
-        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out)
+        transform = jobs_config.to_plain(job.data.transform)
+        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, transform, device)
         self._validation = self._encode_held_out(device)
 
     def _kind_of(self, caches: Sequence[LatentCache]) -> MomentsKind:
@@ -227,7 +230,7 @@ class DiffusionStage(Stage):
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Held-out captions, always the same ones from the same noise; of the first few, also how they came about."""
-        captions = self._held_out.captions[: self._job.evaluation.grid]
+        captions = self._scores.captions[: self._job.evaluation.grid]
         drawn = paused(self._generator().batches(captions, self._job.evaluation.batch), between)
         images_BCHW = torch.cat([part.cpu() for part in drawn])
         pictures = to_uint8(images_BCHW).permute(0, 2, 3, 1).numpy()
@@ -303,14 +306,15 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def _encode_held_out(self, device: torch.device) -> HeldOut:
-        """Held-out latents (posterior means, scaled) for the validation loss."""
+        """Held-out latents (posterior means, scaled) for the validation loss. Collective."""
         conditioner, batch = self.module.conditioner, self._job.evaluation.batch
-        parts = [
-            self._first_stage.encode(images_BCHW.to(device)).mean
-            for images_BCHW in self._held_out.images_NCHW.split(batch)
-        ]
-        inputs = None if conditioner is None else conditioner.prepare(self._held_out.captions)
-        return HeldOut(torch.cat(parts) * self._latent_scale, inputs, self._job.seed, batch)
+        z_0_NCHW = torch.zeros(self._held_out.count, *self._latent_shape)
+        for indices, read, counts in self._held_out.shared(batch):
+            if counts:
+                z_0_NCHW[indices.start : indices.stop] = self._first_stage.encode(read.images.to(device)).mean.cpu()
+        add_up(z_0_NCHW)
+        inputs = None if conditioner is None else conditioner.prepare(self._scores.captions)
+        return HeldOut((z_0_NCHW * self._latent_scale).to(device), inputs, self._job.seed, batch)
 
 
 def open_images(data: DataConfig) -> dict[str, ShardSet]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.core import rng
+from ldm_scale.core.shares import add_up, ranges, shared
 from ldm_scale.latent_diffusion.model import LatentDiffusion
 
 BUCKETS = 10
@@ -35,21 +36,28 @@ class HeldOut:
     def loss(self, model: LatentDiffusion, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths.
 
-        between  called between batches; what it raises ends the rest
+        All ranks share the work. Collective.
+
+        between  called between batches, by all ranks together; what it raises ends the rest
         """
-        losses = [self._bucket(model, bucket, between) for bucket in range(BUCKETS)]
+        parts = [(bucket, part) for bucket in range(BUCKETS) for part in ranges(len(self.z_0_NCHW), self.batch)]
+        sums = torch.zeros(BUCKETS, dtype=torch.float64)
+        for (bucket, part), counts in shared(parts):
+            between()
+            loss = self._loss(model, bucket, part)
+            if counts:
+                sums[bucket] += loss
+        add_up(sums)
+        losses = (sums / len(self.z_0_NCHW)).tolist()
         named = {f"val/loss_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
         return {"val/loss": sum(losses) / BUCKETS, **named}
 
-    def _bucket(self, model: LatentDiffusion, bucket: int, between: Callable[[], None]) -> float:
-        total = 0.0
-        for start in range(0, len(self.z_0_NCHW), self.batch):
-            between()
-            z_0_BCHW = self.z_0_NCHW[start : start + self.batch]
-            index_B = torch.arange(start, start + len(z_0_BCHW), device=z_0_BCHW.device)
-            noise_BCHW = rng.normal(self.seed, f"validation/noise {bucket}", index_B, tuple(z_0_BCHW.shape[1:]))
-            width = model.schedule.steps // BUCKETS
-            t_B = bucket * width + rng.integers(self.seed, f"validation/timestep {bucket}", index_B, width)
-            inputs = None if self.inputs is None else self.inputs[start : start + len(z_0_BCHW)].to(z_0_BCHW.device)
-            total += float(model(z_0_BCHW, noise_BCHW, t_B, inputs).sum())
-        return total / len(self.z_0_NCHW)
+    def _loss(self, model: LatentDiffusion, bucket: int, part: range) -> float:
+        """Sum over the images of `part`."""
+        z_0_BCHW = self.z_0_NCHW[part.start : part.stop]
+        index_B = torch.arange(part.start, part.stop, device=z_0_BCHW.device)
+        noise_BCHW = rng.normal(self.seed, f"validation/noise {bucket}", index_B, tuple(z_0_BCHW.shape[1:]))
+        width = model.schedule.steps // BUCKETS
+        t_B = bucket * width + rng.integers(self.seed, f"validation/timestep {bucket}", index_B, width)
+        inputs = None if self.inputs is None else self.inputs[part.start : part.stop].to(z_0_BCHW.device)
+        return float(model(z_0_BCHW, noise_BCHW, t_B, inputs).sum())

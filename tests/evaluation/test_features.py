@@ -2,14 +2,22 @@ import hashlib
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from PIL import Image
 
 from ldm_scale.core import tensors
 from ldm_scale.evaluation.distribution import FeatureMoments, Gaussian, frechet_distance
-from ldm_scale.evaluation.features import INCEPTION_FILE, INCEPTION_SHA256, Features, InceptionFeatures, RandomFeatures
+from ldm_scale.evaluation.features import (
+    INCEPTION_FILE,
+    INCEPTION_SHA256,
+    Features,
+    InceptionFeatures,
+    RandomFeatures,
+    Resizing,
+)
 
 COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1.0]])
 GREYS = torch.tensor([-0.8, 0.0, 0.8])
@@ -105,22 +113,6 @@ def test_random_distance_sees_what_is_missing_or_wrong(distance):
         assert distance(images) > 1.5 * fair, name
 
 
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FeatureExtractorInceptionV3]:
-    """A folder with random weights under the published name, and torch-fidelity's own network with them."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.save({}, folder / "empty.pth")
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(folder / "empty.pth"))
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, generator=torch.Generator().manual_seed(0))
-    torch.save(network.state_dict(), folder / INCEPTION_FILE)
-    return folder, network
-
-
 def test_inception_features_are_those_of_torch_fidelity(inception):
     folder, theirs = inception
     images = scenes(3, 0, size=64)
@@ -129,6 +121,24 @@ def test_inception_features_are_those_of_torch_fidelity(inception):
     assert features.shape == (3, ours.dim) == (3, 2048) and features.dtype == torch.float32
     assert float(features.std(0).max()) > 0.01
     torch.testing.assert_close(features, theirs(tensors.to_uint8(images))[0])
+    torch.testing.assert_close(ours.logits(features), theirs(tensors.to_uint8(images))[1])
+    assert ours.logits(features).shape == (3, ours.classes) == (3, 1008)
+
+
+def test_clean_resizing_is_pillows_bicubic_of_each_channel(inception):
+    """Images that need no resizing are looked at alike; others as when Pillow had resized them, unrounded."""
+    reference, clean = (InceptionFeatures(inception[0], resizing) for resizing in Resizing)
+    images = scenes(2, 0, size=299)
+    torch.testing.assert_close(clean(images), reference(images))
+    larger = tensors.to_uint8(scenes(1, 1, size=400))
+    planes = [Image.fromarray(plane.float().numpy(), mode="F") for plane in larger[0]]
+    resized = [np.asarray(plane.resize((299, 299), Image.Resampling.BICUBIC)) for plane in planes]
+    seen = []
+    clean.network.Conv2d_1a_3x3.register_forward_hook(lambda module, given, made: seen.append(given[0]))
+    features = clean(tensors.from_uint8(larger))
+    torch.testing.assert_close(seen[0][0], (torch.from_numpy(np.stack(resized)).clamp(0, 255) - 128) / 128)
+    assert float((features - reference(tensors.from_uint8(larger))).abs().max()) > 1e-4
+    assert clean.name == "fd_inception_clean" and clean.digest != reference.digest
 
 
 def test_only_the_published_weights_give_fid(inception, monkeypatch: pytest.MonkeyPatch):
