@@ -44,6 +44,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def grace_s() -> float:
+    """Seconds between the launcher's signal to stop and its SIGKILL; infinite where no launcher tells.
+
+    An elastic agent (torchrun, `accelerate launch`) gives 30 unless it is told otherwise, as launchers/env.sh does.
+    """
+    untold = "30" if "TORCHELASTIC_RUN_ID" in os.environ else "inf"
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", untold))
+
+
 def leave(code: int = 0) -> NoReturn:
     """End this process with an exit status; where it has a process group, all ranks together and at once.
 

@@ -61,6 +61,7 @@ def _train(
     preemption: runtime.Preemption,
     startup: Startup,
 ) -> Outcome:
+    checkpoint.require_grace(run_dir.checkpoints)
     parent = None if checkpoint.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
     if runtime.is_main():

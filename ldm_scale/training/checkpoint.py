@@ -20,6 +20,7 @@ how it ended: a rank whose disk is full need not be able to write anything to be
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -238,6 +239,8 @@ class Checkpoints:
                 self._failed(saving.final, "; ".join(failures[:_SHOWN]))
             elif outcomes[0] is not None:  # rank 0 is done when all are
                 self._saving = self._failing_since = None
+                if shortage := _grace_lacking(saving.seconds):
+                    log.warning("%s. The next launch is refused", shortage)
                 self._damaged.discard(saving.final)
                 self._sound.add(saving.final)
             elif wait:
@@ -276,6 +279,7 @@ class Checkpoints:
 
     def _snapshot(self) -> "_Snapshot":
         """What is saved, as it is now, in host memory."""
+        began = time.monotonic()
         kinds = self._kinds()
         pieces = share(self._masters, runtime.rank(), runtime.world())
         entries = [(f"{kind}:{piece.name}:{piece.start}", kind, piece) for kind in kinds for piece in pieces]
@@ -298,7 +302,7 @@ class Checkpoints:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         held = [[piece.name, piece.start, piece.numel] for piece in pieces]
-        return _Snapshot({key: piece.numel for key, _, piece in entries}, floats, held, buffers, meta)
+        return _Snapshot(began, {key: piece.numel for key, _, piece in entries}, floats, held, buffers, meta)
 
     def _host_memory(self, numel: int) -> Tensor:
         """The same floats at every save; page-locked where a GPU copies to them.
@@ -333,6 +337,8 @@ class Checkpoints:
 class _Snapshot:
     """What one rank saves, at one moment."""
 
+    began: float
+    """That moment, by the monotonic clock."""
     sizes: dict[str, int]
     """Elements of each entry of the file, in its order."""
     floats: Tensor
@@ -352,6 +358,8 @@ class _Save(threading.Thread):
         self.temporary, self.final = temporary, final
         self.outcome: str | None = None
         """None while under way, empty when this rank is done, else what failed."""
+        self.seconds = 0.0
+        """How long it took, on rank 0 and in the end."""
         self._snapshot, self._prune = snapshot, prune
         self._rank, self._world = runtime.rank(), runtime.world()
         self._cancelled = threading.Event()
@@ -402,7 +410,8 @@ class _Save(threading.Thread):
             "bytes": (self.temporary / _BUFFERS).stat().st_size,
             "sha256": storage.sha256_file(self.temporary / _BUFFERS),
         }
-        meta = {**self._snapshot.meta, "files": files, "buffers": buffers}
+        self.seconds = time.monotonic() - self._snapshot.began
+        meta = {**self._snapshot.meta, "files": files, "buffers": buffers, "save_s": self.seconds}
         storage.write_json(self.temporary / _COMPLETE, {**meta, "digest": storage.digest(meta)})
         _sync_directory(self.temporary)
         aside = self.final.with_name(f".{self.final.name}.replaced")
@@ -439,6 +448,28 @@ def find(directory: Path, name: str = "latest") -> Path:
     if reason := _damage(path):
         raise CheckpointError(f"{path} is damaged: {reason}")
     return path
+
+
+def require_grace(directory: Path) -> None:
+    """Refuse a launcher that would kill a stopped training in its last save, judging by the newest checkpoint.
+
+    raises  ValueError naming what was given and what is needed
+    """
+    for path in complete_ones(directory)[:1]:
+        with suppress(OSError, json.JSONDecodeError):  # damaged: `latest` passes over it, and says so
+            if shortage := _grace_lacking(storage.read_json(path / _COMPLETE).get("save_s", 0.0)):
+                raise ValueError(shortage)
+
+
+def _grace_lacking(save_s: float) -> str:
+    """What to change where there is not time for two saves, one under way and the last; empty where there is."""
+    grace, wanted = runtime.grace_s(), math.ceil(2 * save_s)
+    if wanted <= grace:
+        return ""
+    return (
+        f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace:g}: the last save took {save_s:.0f} s, and a training that is told to "
+        f"stop may have two to finish: launch with {wanted} seconds or more, or by launchers/*.sh, which give 120"
+    )
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ every rank writes the stacks of its threads, and ends.
 
 Seen with torch 2.15: when a rank is killed, gloo fails on the others at once ("Connection closed by peer"), NCCL waits
 for its ten minutes, and `accelerate launch` sends SIGTERM, which a training takes for preemption. None of them says who
-was lost, nor why: the first to post is believed.
+was lost, nor why: the first to post is believed. A store's client waits for ever where a cable is pulled, or the host
+of rank 0 goes dark: nothing closes the connection. So whoever asks the store waits for a limited time.
 """
 
 import faulthandler
@@ -16,9 +17,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -37,6 +40,8 @@ _END = "end"
 _NO_STORE = "rank 0 was lost"
 
 log = runtime.logger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 class Watchdog:
@@ -111,14 +116,20 @@ class Watchdog:
         if self._store is None:
             return overdue
         try:
-            self._give_sign()
-            if self._store.check([_END]):
-                return self._store.get(_END).decode()
-            lost, self._answered = self._lost(), time.monotonic()
-        except RuntimeError:  # torch's DistError and its kin
+            ended, lost = _within(_ANSWER_S, self._talk)
+            self._answered = time.monotonic()
+        except (RuntimeError, TimeoutError):  # torch's DistError and its kin
             silent = time.monotonic() - self._answered > self._silent_s() and not self._closing.is_set()
             return overdue or (f"{_NO_STORE}: it does not answer rank {self._rank}" if silent else "")
-        return self._posted(overdue or lost) if overdue or lost else ""
+        return ended or (self._posted(overdue or lost) if overdue or lost else "")
+
+    def _talk(self) -> tuple[str, str]:
+        """A sign of life for a reason that some rank has posted, and for whether the rank before this one is silent."""
+        assert self._store is not None
+        self._give_sign()
+        if self._store.check([_END]):
+            return self._store.get(_END).decode(), ""
+        return "", self._lost()
 
     def _overdue(self) -> str:
         phase, since = self._doing
@@ -156,10 +167,11 @@ class Watchdog:
 
     def _posted(self, reason: str) -> str:
         """Post a reason, unless there is one already; returns the one that stands."""
-        assert self._store is not None
+        store = self._store
+        assert store is not None
         try:
-            return self._store.compare_set(_END, "", reason).decode()
-        except RuntimeError:
+            return _within(_ANSWER_S, lambda: store.compare_set(_END, "", reason).decode())
+        except (RuntimeError, TimeoutError):
             return reason
 
     def _end(self, reason: str) -> None:
@@ -177,6 +189,20 @@ class Watchdog:
         if self._world > 1:
             time.sleep(2 * BEAT_S)  # the others read the reason first, and write what they are at
         os._exit(1)
+
+
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns; TimeoutError where that takes longer, and its thread ends with the process, if not before."""
+    answer: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="watchdog asks", daemon=True).start()
+    return answer.result(seconds)
 
 
 def _store() -> TCPStore:

@@ -57,6 +57,20 @@ def test_state_comes_back_and_buffers_too(training):
     assert training.engine.masters.step == 1
 
 
+def test_a_launcher_that_would_kill_a_save_is_refused(training, monkeypatch, caplog):
+    path = training.save()
+    checkpoint_module.require_grace(path.parent)  # started by hand: nobody kills it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    checkpoint_module.require_grace(path.parent)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.5")
+    with pytest.raises(ValueError, match=r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=0\.5: .*launch with 1 seconds or more"):
+        checkpoint_module.require_grace(path.parent)
+    training.save()
+    assert "The next launch is refused" in caplog.text
+    (path / "complete.json").write_text("{")
+    checkpoint_module.require_grace(path.parent)
+
+
 def test_the_file_is_plain_safetensors(training):
     path = training.save()
     tensors = safetensors.torch.load_file(path / "rank00000-of-00001.safetensors")

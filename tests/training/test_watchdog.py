@@ -30,6 +30,9 @@ def watched(out: Path, what: str, chosen: int, *, processes: int) -> Ended:
     where = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [{**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     started = [subprocess.Popen(command, env=os.environ | rank, stderr=subprocess.DEVNULL) for rank in ranks]
+    if what == "dark":  # as a host without power, or without a cable: its connections stay open
+        started[1 - chosen].wait(60)
+        started[chosen].kill()
     codes = [process.wait(60) for process in started]
     why = out / "why.txt"
     return Ended(
@@ -62,6 +65,14 @@ def test_a_killed_rank_ends_the_other_with_the_reason(lost: int, tmp_path: Path)
     assert ended.codes[lost] == -signal.SIGKILL and ended.codes[1 - lost] == 1
     told = ended.why + ended.said.get(str(1 - lost), "")  # by whichever of its threads was first
     assert f"rank {lost}" in told and "was lost" in told
+
+
+@pytest.mark.slow
+def test_where_rank_0_goes_dark_the_other_ends_with_the_reason(tmp_path: Path) -> None:
+    ended = watched(tmp_path, "dark", 0, processes=2)
+    assert ended.codes[1] == 1
+    assert ended.why == "rank 0 was lost: it does not answer rank 1"
+    assert "in all_reduce" in ended.stacks["rank1"]
 
 
 @pytest.mark.slow

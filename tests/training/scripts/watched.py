@@ -1,6 +1,7 @@
 """What a watchdog is for, on purpose.
 
-usage  watched.py OUT sleep|lost|patient RANK     that rank sleeps for ever, is killed, or has a long phase
+usage  watched.py OUT sleep|lost|dark|patient RANK     that rank sleeps for ever, is killed, answers nobody any more, or
+                                                       has a long phase
 
 OUT/{rank}.txt says why a process ended, where it ended by itself.
 """
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ldm_scale.core import runtime
+from ldm_scale.training import watchdog as watchdog_module
 from ldm_scale.training.watchdog import Watchdog
 
 MINUTES = 0.03
@@ -30,6 +32,8 @@ def step(number: int, what: str, chosen: bool, watchdog: Watchdog) -> None:
             snore()
         if what == "lost":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "dark":
+            os.kill(os.getpid(), signal.SIGSTOP)
         with watchdog.phase("long"):
             time.sleep(2 * 60 * MINUTES)
     if dist.is_initialized():
@@ -41,6 +45,8 @@ def main() -> None:
     out, what, chosen = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     if runtime.world() > 1:
         dist.init_process_group("gloo")
+    if what == "dark":
+        watchdog_module.SILENT_S, watchdog_module._ANSWER_S = 4.0, 2.0  # a tenth of what it waits in earnest
     rank = runtime.rank()
     said = out / f"{rank}.txt"
     limit = MINUTES if runtime.world() == 1 or rank == chosen else 10.0  # who waits has no reason of its own to end
