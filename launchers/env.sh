@@ -1,6 +1,6 @@
 # The environment of every job, sourced by every launcher (bash). What is set already stays as it is.
 #
-#   PROCESSES  processes of the job on this host, where the caller knows it
+#   PROCESSES  processes of the job on this host: one for each GPU, or one where there is none
 #   LDM_LOCAL  a folder on this host's own disk that outlives the job
 
 # Signals that the elastic agent of torchrun and `accelerate launch` hands on. Torch's own, and SIGUSR1: not in this list,
@@ -23,9 +23,13 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # 4.096 us x 2^22 = 17 s for an answer, seven times: a switch that starts anew within two minutes ends no training.
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 
-# The launchers' default is one thread a process; these are the cores of this host, shared out.
-if [[ -n ${PROCESSES:-} && -z ${OMP_NUM_THREADS:-} ]]; then
-    cores=$(nproc)
-    export OMP_NUM_THREADS=$((cores > PROCESSES ? cores / PROCESSES : 1))
-    unset cores
+if [[ -z ${PROCESSES:-} ]]; then
+    PROCESSES=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+    PROCESSES=$((PROCESSES > 0 ? PROCESSES : 1))
+fi
+
+# The cores of this host, shared out. By default torchrun and `accelerate launch` give a process one thread.
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    LDM_CORES=$(nproc)
+    export OMP_NUM_THREADS=$((LDM_CORES > PROCESSES ? LDM_CORES / PROCESSES : 1))
 fi
