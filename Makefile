@@ -11,10 +11,7 @@ PROCESSES  ?= 1
 RUN        ?= runs/$(EXPERIMENT)/$(SCALE)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# Accelerate gives a process one CPU thread unless told otherwise.
-THREADS := $(shell expr $$(getconf _NPROCESSORS_ONLN) / $(PROCESSES) '|' 1)
-LAUNCH  := accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_processes $(PROCESSES) --num_machines 1 \
-	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+LAUNCH := PROCESSES=$(PROCESSES) launchers/accelerate.sh
 READY := $(VENV)/.ready
 # TORCH=system keeps the torch that $(PYTHON) has, a vendor's perhaps. WHEELHOUSE=DIR takes every package from there.
 PINS   := $(if $(filter system,$(TORCH)),$(VENV)/constraints.txt,constraints.txt)

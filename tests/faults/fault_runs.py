@@ -128,15 +128,18 @@ class Toy:
         ]  # fmt: skip
 
     def train(self, run: Path, *more: str, engine: str = "ddp", world: int = 2, logs: Path | None = None) -> Launch:
-        """Start a training in steps of 8 images, 12 of them unless told otherwise, or go on with it."""
+        """Start a training on this machine, or go on with it."""
         logs = logs or run.with_name(f"{run.name}_logs")
         logs.mkdir(exist_ok=True)
-        overrides = self.overrides(
+        return Launch("train", self.training(run, *more, engine=engine), world=world, log=logs / "log.txt")
+
+    def training(self, run: Path, *more: str, engine: str = "ddp") -> list[str]:
+        """What a training is told: steps of 8 images, 12 of them unless told otherwise."""
+        return self.overrides(
             f"run_dir={run}", f"engine={engine}", "engine.precision=fp32", "global_batch=8", "micro_batch=2",
             "total_images=96", "every.log=8", "every.save=32", "every.evaluate=0", "every.sample=0",
             f"ema_half_lives=[{_HALF_LIFE}]", "optimizer.warmup_images=16", "tracker.wandb=false", *more,
         )  # fmt: skip
-        return Launch("train", overrides, world=world, log=logs / "log.txt")
 
 
 def make_toy(path: Path) -> Toy:
