@@ -1,5 +1,7 @@
 """What a first stage minimises: absolute error, an optional perceptual distance, and KL divergence or codebook terms.
 
+The adversarial term stands in `adversarial.py`.
+
 Rombach et al. 2022, appendix G; reductions as in the reference (facts.md W6): sums over the values of an image for a
 KL first stage, means for a VQ one. The perceptual network is passed in;
 `perceptual_network` makes one. Knows nothing of optimizers, files of images or ranks.
@@ -9,7 +11,7 @@ Shape letters: B batch, C channels, H W height and width.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ldm_scale.core.storage import sha256_file
+from ldm_scale.first_stage.adversarial import AdversarialConfig
 from ldm_scale.first_stage.base import Moments, Rebuilt
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -68,6 +71,11 @@ class AutoencoderLossConfig:
     """Images over which it is counted which entries of a codebook are taken: train/codebook_usage."""
     restart_codes: bool = False
     """Entries that no latent took in a window start again at latents drawn from the batch that ends it."""
+    learn_variance: bool = False
+    """Learn one variance of all errors, each of which counts as e / exp(s) + s, s from 0 on; no optimizer of the
+    reference's moves its s."""
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """The discriminator, and its share in the loss."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -93,6 +101,7 @@ class ReconstructionTerms:
 
     total       what is minimised, averaged over the batch. With a KL term a sum over the C * H * W values of an image,
                 so it grows with the image (kl_weight is relative to that sum); with codebook terms their mean
+    nll         what the reconstruction has in it
     l1          absolute error, mean over C, H, W
     perceptual  perceptual distance of the image; zero where there is none
     kl          KL divergence in nats, summed over the latent; zero where the latent is certain
@@ -102,6 +111,7 @@ class ReconstructionTerms:
     """
 
     total: Tensor
+    nll: Tensor
     l1: Tensor
     perceptual: Tensor
     kl: Tensor
@@ -123,6 +133,8 @@ class ReconstructionLoss:
         assert (perceptual is None) == (config.perceptual is PerceptualKind.none)
         self.config = config
         self.perceptual = perceptual
+        self.variance = LearntVariance() if config.learn_variance else None
+        """To be trained with the first stage; None where every error counts as it is."""
 
     def __call__(self, images_BCHW: Tensor, rebuilt: Rebuilt) -> ReconstructionTerms:
         """Compared in float32; pixels in [-1, 1]."""
@@ -134,16 +146,31 @@ class ReconstructionLoss:
         else:
             perceptual_B = self.perceptual(images_BCHW, reconstructions_BCHW)
         per_value_B = self.config.pixel_weight * l1_B + self.config.perceptual_weight * perceptual_B
+        if self.variance is not None:
+            per_value_B = self.variance(per_value_B)
         if rebuilt.codes is None:
-            total_B = per_value_B * images_BCHW[0].numel() + self.config.kl_weight * kl_B
+            nll_B, regular_B = per_value_B * images_BCHW[0].numel(), self.config.kl_weight * kl_B
         else:
-            total_B = per_value_B + self.config.codebook_weight * self._weighted(codebook_B, commitment_B)
-        return ReconstructionTerms(total_B, l1_B, perceptual_B, kl_B, codebook_B, commitment_B)
+            nll_B, regular_B = per_value_B, self.config.codebook_weight * self._weighted(codebook_B, commitment_B)
+        return ReconstructionTerms(nll_B + regular_B, nll_B, l1_B, perceptual_B, kl_B, codebook_B, commitment_B)
 
     def _weighted(self, codebook_B: Tensor, commitment_B: Tensor) -> Tensor:
         if self.config.beta_on is BetaOn.commitment:
             return codebook_B + self.config.beta * commitment_B
         return self.config.beta * codebook_B + commitment_B
+
+
+class LearntVariance(nn.Module):
+    """Errors in units of a spread s that is learnt, and its cost: the negative log-likelihood but for constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.zeros(1))
+
+    def forward(self, errors_B: Tensor) -> Tensor:
+        """errors / exp(s) + s, (B,); smallest where exp(s) is their mean."""
+        nll_B: Tensor = errors_B / self.logvar.exp() + self.logvar
+        return nll_B
 
 
 def kl_divergence(moments: Moments) -> Tensor:

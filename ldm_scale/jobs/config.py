@@ -250,6 +250,9 @@ class TrainJob(Experiment):
                 f"autoencoder_loss.restart_codes=true with engine.kind={self.engine.kind.value}, which cuts the "
                 "codebook up between ranks: choose engine=ddp, or restart_codes=false"
             )
+        if self.trains_first_stage:
+            _require_room_beside(self.engine, self.autoencoder_loss)
+            self.autoencoder_loss.adversarial.require_fits(self.data.transform.size)
         if type(self.conditioning) in _UNTRAINED_CONDITIONERS:
             raise ValueError(
                 f"conditioning={_kind_of(self.conditioning)} cannot be trained yet: batches carry no other condition "
@@ -264,6 +267,19 @@ class TrainJob(Experiment):
             raise ValueError(
                 f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage: "
                 f"init={self.first_stage.checkpoint} starts it from those weights"
+            )
+
+
+def _require_room_beside(engine: EngineConfig, loss: AutoencoderLossConfig) -> None:
+    """For what learns beside a first stage: only engines that hold everything on every process have room for it.
+
+    raises  ValueError naming the keys
+    """
+    for key, learns in (("adversarial.kind", loss.adversarial.exists), ("learn_variance", loss.learn_variance)):
+        if learns and engine.kind.zero_stage:
+            raise ValueError(
+                f"engine.kind={engine.kind.name} trains one network, and autoencoder_loss.{key} brings another that "
+                "learns beside it: engine=ddp, which first stages are small enough for (one_process on one GPU)"
             )
 
 

@@ -77,9 +77,12 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
     torch.manual_seed(job.seed)
     kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
     stage: Stage = kind(job, engine.device, lambda key, reason, position: None)
-    engine.prepare(stage.module, job.optimizer)
+    stage.prepare(engine, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
-    state = Checkpoints(run_dir.checkpoints, masters=engine.masters, ema=ema, module=engine.module).load(where)
+    checkpoints = Checkpoints(
+        run_dir.checkpoints, masters=engine.masters, ema=ema, module=engine.module, companions=engine.companion_masters
+    )
+    state = checkpoints.load(where)
     stage.require_same_stream(state)
     found = [
         Compared(images_seen=images, name=name, logged=lines[images][name], found=values[name])
@@ -110,7 +113,7 @@ def _steps(
     end = images + steps * engine.global_batch
     with loader:
         for batch in loader.batches(images):
-            metrics = step(batch, job.optimizer.learning_rate_at(images, job.total_images))
+            metrics = step(batch, job.optimizer.learning_rate_at(images, job.total_images), images)
             if engine.at_boundary:
                 images += engine.global_batch
                 yield images, engine.mean_over_ranks({name: metrics[name] for name in _COMPARED})

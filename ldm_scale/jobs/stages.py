@@ -32,15 +32,19 @@ from ldm_scale.latent_diffusion.model import LatentDiffusion
 from ldm_scale.samplers.base import Frame
 from ldm_scale.tracking.grid import labelled_grid
 from ldm_scale.tracking.tracker import Tracker
+from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
+from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
 from ldm_scale.training.validation import HeldOut
 
 log = runtime.logger(__name__)
 
+_CHANNELS = 3  # of the images that a discriminator sees
+_LAST = "decoder.conv_out.weight"  # the decoder's last layer, by the name that it has in every first stage
 _PROGRESSIVE_ROWS, _PROGRESSIVE_COLUMNS = 4, 6  # pictures of how a sample came about: captions, moments
 
 
@@ -52,9 +56,13 @@ class Stage(ABC):
     source: SampleSource[Any]
     """Where batches come from."""
 
+    def prepare(self, engine: Engine, optimizer: OptimizerConfig) -> None:
+        """Give the engine all that trains."""
+        engine.prepare(self.module, optimizer)
+
     @abstractmethod
     def step(self, engine: Engine, ema: EMA) -> Step[Any]:
-        """What the loop calls for each micro batch."""
+        """What the loop calls for each micro batch; after `prepare`."""
 
     @abstractmethod
     def evaluate(self, between: Between) -> dict[str, float]:
@@ -111,14 +119,28 @@ class AutoencoderStage(Stage):
         self._loss = ReconstructionLoss(job.autoencoder_loss, None if perceptual is None else perceptual.to(device))
         self._scores = ReconstructionScores(job.evaluation, job.paths, self._held_out, device)
 
+    def prepare(self, engine: Engine, optimizer: OptimizerConfig) -> None:
+        """The autoencoder; beside it the discriminator and the learnt variance, where the loss has them."""
+        Stage.prepare(self, engine, optimizer)
+        adversarial = self._job.autoencoder_loss.adversarial
+        if adversarial.exists:
+            ratio = adversarial.learning_rate_ratio
+            engine.accompany(DISCRIMINATOR, adversarial.build(_CHANNELS), optimizer, learning_rate_ratio=ratio)
+        if self._loss.variance is not None:
+            engine.accompany("variance", self._loss.variance, optimizer)
+
     def step(self, engine: Engine, ema: EMA) -> Step[Any]:
         loss, seed = self._job.autoencoder_loss, self._job.seed
-        codebook = None
+        codebook = adversary = None
         if isinstance(self._job.first_stage, AutoencoderVQConfig):
             window, restart = loss.codebook_window, loss.restart_codes
             codebook = CodebookWatch(engine, ema, window=window, restart=restart, seed=seed)
+        if loss.adversarial.exists:
+            adversary = Adversary(engine, loss.adversarial, self.module.get_parameter(_LAST))
         shape = self._job.first_stage.latent_shape(self._job.data.transform.size)
-        return AutoencoderStep(engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook)
+        return AutoencoderStep(
+            engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook, adversary=adversary
+        )
 
     def evaluate(self, between: Between) -> dict[str, float]:
         return self._scores(self.module, between)

@@ -103,7 +103,7 @@ def _watched(
     kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
     stage: Stage = kind(job, engine.device, on_bad)
     startup.mark("data_and_model")
-    engine.prepare(stage.module, job.optimizer)
+    stage.prepare(engine, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
     startup.mark("engine")
     checkpoints, damaged = _checkpoints(job, run_dir, engine, ema, tracker)
@@ -162,6 +162,7 @@ def _checkpoints(
         masters=engine.masters,
         ema=ema,
         module=engine.module,
+        companions=engine.companion_masters,
         keep_last=job.keep_last,
         keep_every_images=job.keep_every,
         max_unsaved_minutes=job.max_unsaved_minutes,

@@ -5,9 +5,10 @@
       buffers.safetensors              persistent buffers of the module, by name
       complete.json                    written last: the run's state, shapes, versions, who holds what, sha256s
 
-Kinds: `weight`, `exp_avg`, `exp_avg_sq` and `ema/{half_life}`. Pieces come from `training/masters.py`, where engines
-differ; nothing here knows one. Random streams are functions of the data position (core/rng.py), so no generator state
-is kept.
+Kinds: `weight`, `exp_avg`, `exp_avg_sq` and `ema/{half_life}`; `NAME/weight` and so on of what learns beside the module
+(a discriminator), whose parameters are named `NAME.parameter` and which no export reads. Pieces come from
+`training/masters.py`, where engines differ; nothing here knows one. Random streams are functions of the data position
+(core/rng.py), so no generator state is kept.
 
 Training stands still while each rank copies its share to host memory, no longer. A thread of each rank then writes the
 share to a hidden directory, syncs it, and last of all leaves `rank*.json` with its digest beside it. Rank 0's thread
@@ -29,11 +30,12 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -76,6 +78,7 @@ class Checkpoints:
         masters: Masters,
         ema: EMA,
         module: nn.Module,
+        companions: Mapping[str, Masters] = MappingProxyType({}),
         keep_last: int = 2,
         keep_every_images: int = 0,
         max_unsaved_minutes: float = 60.0,
@@ -85,6 +88,7 @@ class Checkpoints:
         """Name what is saved and how much of it is kept.
 
         module               the unwrapped module; its persistent buffers are saved beside the masters
+        companions           masters of what learns beside it, by name
         keep_last            newest checkpoints kept, at least 1
         keep_every_images    the first checkpoint at or after each multiple of this many images is kept too; 0: none
         max_unsaved_minutes  how long saves may fail before that is an error; 0 makes the first one an error
@@ -98,7 +102,7 @@ class Checkpoints:
         if max_unsaved_minutes < 0:
             raise ValueError(f"max_unsaved_minutes={max_unsaved_minutes}; at least 0; 0 ends at the first failed save")
         self._directory = Path(directory)
-        self._masters, self._ema, self._module = masters, ema, module
+        self._masters, self._ema, self._module, self._companions = masters, ema, module, companions
         self._keep_last, self._keep_every = keep_last, keep_every_images
         self._patience_s = 60 * max_unsaved_minutes
         self._on_damaged, self._on_failed = on_damaged, on_failed
@@ -171,7 +175,8 @@ class Checkpoints:
     def load(self, path: Path) -> dict[str, Any]:
         """Set masters, moments, averages, step count, buffers and live weights; any engine, any number of ranks.
 
-        An average whose half-life the checkpoint does not hold starts at the checkpoint's weights.
+        An average whose half-life the checkpoint does not hold starts at the checkpoint's weights; a companion that it
+        does not hold stays as it is.
 
         returns  the state that was saved
         raises   CheckpointError where it is damaged, ValueError where it holds another architecture
@@ -181,7 +186,7 @@ class Checkpoints:
         reader = _Reader(path)
         wanted = self._masters.shapes | weights.shapes(persistent_buffers(self._module))
         weights.require_same_architecture(reader.shapes, wanted, str(path))
-        for kind, tensors in self._kinds().items():
+        for kind, tensors in {**_kinds_of(self._masters), **self._averages()}.items():
             if kind in reader.kinds:
                 reader.fill(kind, self._masters, tensors)
             else:
@@ -189,10 +194,23 @@ class Checkpoints:
                 reader.fill(_WEIGHT, self._masters, tensors)
         self._masters.step = reader.meta["step"]
         self._masters.push()
+        for name, masters in self._companions.items():
+            self._load_companion(name, masters, reader)
         with torch.no_grad():
             for name, buffer in persistent_buffers(self._module).items():
                 buffer.copy_(reader.buffers()[name])
         return dict(reader.meta["state"])
+
+    def _load_companion(self, name: str, masters: Masters, reader: "_Reader") -> None:
+        if name not in reader.companions:
+            log.warning("%s holds no %s: it starts anew", reader.path, name)
+            return
+        held = reader.companions[name]
+        shapes = {key: tuple(shape) for key, shape in held["parameters"].items()}
+        weights.require_same_architecture(shapes, masters.shapes, f"{reader.path}, {name}")
+        for kind, tensors in _kinds_of(masters, f"{name}/").items():
+            reader.fill(kind, masters, tensors)
+        masters.step = held["step"]
 
     def abandon_newer(self, than: Path) -> list[Path]:
         """Rename checkpoints newer than one that training rolls back to, `*.abandoned`, so that none is resumed."""
@@ -206,10 +224,13 @@ class Checkpoints:
         self._settle(wait=True)  # one more that is newer, perhaps
         return _agreed(rename, main_only=True)[0] or []
 
-    def _kinds(self) -> dict[str, Sequence[Tensor]]:
-        """What is saved of each piece; every list is aligned with the masters."""
-        averages = {f"ema/{half_life}": shadow for half_life, shadow in self._ema.shadows.items()}
-        return {_WEIGHT: self._masters.tensors, **{key: self._masters.moments(key) for key in MOMENTS}, **averages}
+    def _averages(self) -> dict[str, list[Tensor]]:
+        return {f"ema/{half_life}": shadow for half_life, shadow in self._ema.shadows.items()}
+
+    def _saved(self) -> list[tuple[Masters, dict[str, list[Tensor]]]]:
+        """Whose pieces are saved, and what of each; every list is aligned with the masters before it."""
+        own = self._masters, {**_kinds_of(self._masters), **self._averages()}
+        return [own, *((masters, _kinds_of(masters, f"{name}/")) for name, masters in self._companions.items())]
 
     def _recovered(self) -> list[Path]:
         """Complete checkpoints, newest first; one that a kill caught between its two renames is put back."""
@@ -280,14 +301,17 @@ class Checkpoints:
     def _snapshot(self) -> "_Snapshot":
         """What is saved, as it is now, in host memory."""
         began = time.monotonic()
-        kinds = self._kinds()
-        pieces = share(self._masters, runtime.rank(), runtime.world())
-        entries = [(f"{kind}:{piece.name}:{piece.start}", kind, piece) for kind in kinds for piece in pieces]
-        floats = self._host_memory(sum(piece.numel for _, _, piece in entries))
+        saved = [(m, kinds, share(m, runtime.rank(), runtime.world())) for m, kinds in self._saved()]
+        entries = [
+            (f"{kind}:{piece.name}:{piece.start}", masters, tensors, piece)
+            for masters, kinds, pieces in saved
+            for kind, tensors in kinds.items()
+            for piece in pieces
+        ]
+        floats = self._host_memory(sum(piece.numel for *_, piece in entries))
         begin = 0
-        for _, kind, piece in entries:
-            target = floats[begin : begin + piece.numel]
-            target.copy_(self._masters.read(kinds[kind], piece), non_blocking=True)
+        for _, masters, tensors, piece in entries:
+            floats[begin : begin + piece.numel].copy_(masters.read(tensors, piece), non_blocking=True)
             begin += piece.numel
         buffers = {name: b.detach().to("cpu", copy=True) for name, b in persistent_buffers(self._module).items()}
         meta = {
@@ -296,13 +320,17 @@ class Checkpoints:
             "step": self._masters.step,
             "state": self._state,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-            "kinds": list(kinds),
+            "kinds": [kind for _, kinds, _ in saved for kind in kinds],
             "parameters": {name: list(shape) for name, shape in self._masters.shapes.items()},
+            "companions": {
+                name: {"step": masters.step, "parameters": {key: list(shape) for key, shape in masters.shapes.items()}}
+                for name, masters in self._companions.items()
+            },
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        held = [[piece.name, piece.start, piece.numel] for piece in pieces]
-        return _Snapshot(began, {key: piece.numel for key, _, piece in entries}, floats, held, buffers, meta)
+        held = [[piece.name, piece.start, piece.numel] for *_, pieces in saved for piece in pieces]
+        return _Snapshot(began, {key: piece.numel for key, *_, piece in entries}, floats, held, buffers, meta)
 
     def _host_memory(self, numel: int) -> Tensor:
         """The same floats at every save; page-locked where a GPU copies to them.
@@ -503,6 +531,11 @@ def share(masters: Masters, rank: int, world: int) -> list[Piece]:
     return mine
 
 
+def _kinds_of(masters: Masters, prefix: str = "") -> dict[str, list[Tensor]]:
+    """What every learner has of each piece: weights and moments, aligned with its masters."""
+    return {f"{prefix}{_WEIGHT}": masters.tensors, **{f"{prefix}{key}": masters.moments(key) for key in MOMENTS}}
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to a module's state, by name."""
     saved = module.state_dict().keys()
@@ -513,7 +546,7 @@ class _Reader:
     """One complete checkpoint, read piece by piece."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self.meta: dict[str, Any] = storage.read_json(path / _COMPLETE)
         if self.meta["format"] != FORMAT:
             raise ValueError(f"{path} has checkpoint format {self.meta['format']}; this version reads {FORMAT}")
@@ -529,8 +562,13 @@ class _Reader:
             masters.write(tensors, piece, self._range(kind, piece.name, piece.start, piece.numel))
 
     @property
+    def companions(self) -> dict[str, Any]:
+        """Step and shapes of what learned beside the module, by name; checkpoints once said nothing of it."""
+        return dict(self.meta["companions"]) if "companions" in self.meta else {}
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter and buffer."""
+        """Of every parameter and buffer of the module."""
         parameters = {name: tuple(shape) for name, shape in self.meta["parameters"].items()}
         return parameters | weights.shapes(self.buffers())
 
@@ -541,7 +579,7 @@ class _Reader:
         }
 
     def buffers(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self._path / _BUFFERS)
+        return safetensors.torch.load_file(self.path / _BUFFERS)
 
     def _range(self, kind: str, name: str, begin: int, numel: int) -> Tensor:
         """Elements [begin, begin + numel) of one parameter, from whichever files hold them."""
@@ -552,12 +590,12 @@ class _Reader:
                 part = self._file(file).get_slice(f"{kind}:{name}:{start}")[low - start : high - start]
                 values[low - begin : high - begin] = part
                 filled += high - low
-        assert filled == numel, f"{self._path}: {kind} {name} has {filled} of {numel} elements at {begin}"
+        assert filled == numel, f"{self.path}: {kind} {name} has {filled} of {numel} elements at {begin}"
         return values
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            self._open[name] = safe_open(self._path / name, "pt")
+            self._open[name] = safe_open(self.path / name, "pt")
         return self._open[name]
 
 

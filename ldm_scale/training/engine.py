@@ -43,8 +43,9 @@ from ldm_scale.core import runtime
 from ldm_scale.nn.compilation import compile_blocks
 from ldm_scale.training.batch_fit import BatchFit as BatchFit
 from ldm_scale.training.batch_fit import FittedBatch, fit_batch
-from ldm_scale.training.masters import Masters, plain_masters, zero_masters
-from ldm_scale.training.optimizer import OptimizerConfig, clip_and_step
+from ldm_scale.training.learner import Learner
+from ldm_scale.training.masters import Masters, zero_masters
+from ldm_scale.training.optimizer import OptimizerConfig
 
 log = runtime.logger(__name__)
 
@@ -201,6 +202,10 @@ class Engine(ABC):
         self.device = self._accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world()
         self._grad_norm = torch.full((), math.nan, device=self.device)
+        self.companions: dict[str, Companion] = {}
+        """What learns beside the module, by name; see `accompany`."""
+        self.companion_norms: dict[str, Tensor] = {}
+        """Gradient norms of those that moved in the last step, before clipping; () on the device."""
         self.mark: Callable[[str], None] = lambda part: None
         """Told which part of a step has just ended, see training/telemetry.py."""
         if self.device.type != device.type:
@@ -227,6 +232,27 @@ class Engine(ABC):
         self._wrap(_Autocast(module.to(self.device), self.device.type, self.compute_dtype), optimizer)
         found = self._measured_dtypes()
         assert found == self.dtypes, f"{self.kind.value} {self.precision.value}: asked {self.dtypes}, obtained {found}"
+
+    def accompany(
+        self, name: str, module: nn.Module, optimizer: OptimizerConfig, *, learning_rate_ratio: float = 1.0
+    ) -> None:
+        """Let `module` learn beside the one that `prepare` was given, by losses of its own: `companions[name]`.
+
+        It moves in the same `step`: either all of what has gradients moves, or where some are not finite nothing. It is
+        small (a discriminator), so that every rank holds all of it, and nothing of it is averaged or exported.
+
+        module               float32; every parameter of it is trained
+        learning_rate_ratio  its learning rate in those that `step` is given
+        raises               ValueError where this engine or this device cannot
+        """
+        raise ValueError(
+            f"engine.kind={self.kind.value} trains one network, and {name} would be another: choose engine.kind=ddp"
+        )
+
+    @property
+    def companion_masters(self) -> dict[str, Masters]:
+        """The float32 masters of what learns beside the module, by name."""
+        return {name: companion.learner.masters for name, companion in self.companions.items()}
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -258,12 +284,16 @@ class Engine(ABC):
             self.mark("optimizer")
         return self._grad_norm
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over all ranks, on the device. Collective."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
     def mean_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Means of device scalars over all ranks: one collective and the only wait for the device."""
         stacked = torch.stack([value.detach().float().to(self.device) for value in values.values()])
-        if self.world > 1:
-            dist.all_reduce(stacked)
-        return dict(zip(values, (stacked / self.world).tolist(), strict=True))
+        return dict(zip(values, self.mean(stacked).tolist(), strict=True))
 
     def close(self) -> None:
         """Let go of this engine; the process may start another of any kind. The process group stays."""
@@ -309,9 +339,31 @@ class PlainEngine(Engine):
     def _wrap(self, module: "_Autocast", optimizer: OptimizerConfig) -> None:
         self.model = self._accelerator.prepare_model(module, evaluation_mode=self.kind is EngineKind.one_process)
         _require_obtained(self.kind, isinstance(self.model, DistributedDataParallel) == (self.kind is EngineKind.ddp))
-        self._parameters = list(self.module.parameters())
-        self._adam = optimizer.build(self.module)
-        self.masters = plain_masters(self.module, self._adam)
+        self._own = Learner(self.module, optimizer)
+        self.masters = self._own.masters
+
+    def accompany(
+        self, name: str, module: nn.Module, optimizer: OptimizerConfig, *, learning_rate_ratio: float = 1.0
+    ) -> None:
+        assert name not in self.companions, name
+        module = self._with_synchronised_norms(name, module).to(self.device)
+        for tensor in module.parameters():
+            if self.world > 1:
+                dist.broadcast(tensor.detach(), src=0)
+        learner = Learner(module, optimizer, prefix=f"{name}.", learning_rate_ratio=learning_rate_ratio)
+        autocast = _Autocast(module, self.device.type, self.compute_dtype)
+        self.companions[name] = Companion(autocast, learner, self.accumulation)
+
+    def _with_synchronised_norms(self, name: str, module: nn.Module) -> nn.Module:
+        """Batch norms that see the samples of all ranks, which torch has for GPUs only."""
+        if self.world == 1 or not any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()):
+            return module
+        if self.device.type == "cpu":
+            raise ValueError(
+                f"the {name} has batch norms, which {self.world} processes can share on GPUs only (torch's "
+                "SyncBatchNorm): choose norm=group, or one process"
+            )
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
     def _synchronised(self) -> tuple[nn.Module, ...]:
         return (self.model,)
@@ -320,15 +372,20 @@ class PlainEngine(Engine):
         self._accelerator.backward(loss)
 
     def _step(self, learning_rate: float) -> Tensor:
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
-        clip_and_step(self._adam, grad_norm, self._grad_clip)
-        self._adam.zero_grad()
-        return grad_norm
+        beside = {name: one.learner for name, one in self.companions.items() if one.learner.has_gradients}
+        for learner in beside.values():
+            learner.average()  # as DDP did with the gradients of the module
+        learners = [self._own, *beside.values()]
+        norms = torch.stack([learner.grad_norm() for learner in learners])
+        together = norms.sum()  # not finite where one of them is not: then nothing moves
+        norms = torch.where(together.isfinite(), norms, together)
+        for learner, norm in zip(learners, norms.unbind(), strict=True):
+            learner.step(learning_rate, norm, self._grad_clip)
+        self.companion_norms = dict(zip(beside, norms[1:].unbind(), strict=True))
+        return norms[0]
 
     def _measured_dtypes(self) -> Dtypes:
-        weights = _only({parameter.dtype for parameter in self._parameters})
+        weights = _only({parameter.dtype for parameter in self.module.parameters()})
         compute, norm = _autocast_of(self.model).measured(weights, self.device)
         masters = _only({tensor.dtype for tensor in self.masters.tensors})
         return Dtypes(weights, compute, norm, weights, weights, masters, masters)
@@ -446,6 +503,22 @@ class _Autocast(nn.Module):
             normed = nn.functional.layer_norm(pair, (1024,), scale, torch.zeros_like(scale), eps=1e-12)
         exact = torch.allclose(normed.float().abs(), torch.ones(1, 1024, device=device), atol=0.01)
         return product.dtype, torch.float32 if exact else product.dtype
+
+
+class Companion:
+    """What learns beside the module of an engine. Call it for a forward pass, in the engine's precision."""
+
+    def __init__(self, module: _Autocast, learner: Learner, accumulation: int) -> None:
+        self.module, self.learner = module.module, learner
+        self._autocast, self._accumulation = module, accumulation
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self._autocast(*inputs)
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, (), the mean over this rank's micro batch, to its own parameters only."""
+        self.learner.backward(loss / self._accumulation)
 
 
 def _after_backward(call: Callable[[], None]) -> None:

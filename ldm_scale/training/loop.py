@@ -136,7 +136,7 @@ def _global_batch(run: Run, micro_batches: Iterator[Any], rate: float) -> Metric
     for batch in islice(micro_batches, run.engine.accumulation):
         run.meter.mark("data")
         if not passed_over:
-            metrics = run.step(batch, rate)
+            metrics = run.step(batch, rate, run.images_seen)
             run.guard.remember(batch.keys)
     return metrics
 

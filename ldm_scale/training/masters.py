@@ -164,9 +164,12 @@ class Masters:
         return {name: full[name].view(shape) for name, shape in self.shapes.items()}
 
 
-def plain_masters(module: nn.Module, adam: torch.optim.AdamW) -> Masters:
-    """Masters of a bare module or of one inside DistributedDataParallel: the parameters themselves."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+def plain_masters(module: nn.Module, adam: torch.optim.AdamW, prefix: str = "") -> Masters:
+    """Masters of a bare module or of one inside DistributedDataParallel: the parameters themselves.
+
+    prefix  put before their names
+    """
+    named = [(prefix + name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     tensors: list[Tensor] = [parameter for _, parameter in named]
 
     def push(values: Sequence[Tensor]) -> None:

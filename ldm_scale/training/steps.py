@@ -19,6 +19,7 @@ from ldm_scale.diffusion.timesteps import draw_timesteps
 from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss
 from ldm_scale.latent_diffusion.model import DiffusionConfig
+from ldm_scale.training.adversary import Adversary
 from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.engine import Engine
 
@@ -29,9 +30,10 @@ Metrics = Mapping[str, Tensor]
 class Step(Protocol[Batch]):
     """What the loop calls for each micro batch."""
 
-    def __call__(self, batch: Batch, learning_rate: float) -> Metrics:
+    def __call__(self, batch: Batch, learning_rate: float, images_seen: int) -> Metrics:
         """Forward and backward of one micro batch; at a boundary also the optimizer. Nothing waits for the device.
 
+        images_seen  before this global batch
         returns  means over the micro batches of this rank so far in this global batch, as device scalars
         """
         ...
@@ -84,7 +86,7 @@ class DiffusionStep:
         self._moments, self._latent_scale, self._diffusion = moments, latent_scale, diffusion
         self._mean = _Mean(engine)
 
-    def __call__(self, batch: Any, learning_rate: float) -> Metrics:
+    def __call__(self, batch: Any, learning_rate: float, images_seen: int) -> Metrics:
         positions_B = batch.positions.to(self._engine.device, non_blocking=True)
         z_0_BCHW = self._latents(batch, positions_B)
         noise_BCHW = rng.normal(self._seed, "diffusion/noise", positions_B, tuple(z_0_BCHW.shape[1:]))
@@ -136,23 +138,31 @@ class AutoencoderStep:
         latent_shape: tuple[int, int, int],
         seed: int,
         codebook: CodebookWatch | None,
+        adversary: Adversary | None,
     ) -> None:
-        """`codebook` watches that of the first stage, where it has one."""
+        """`codebook` watches the first stage's, `adversary` judges what it makes; None where there is none."""
         self._engine, self._loss, self._latent_shape, self._seed = engine, loss, latent_shape, seed
-        self._codebook = codebook
+        self._codebook, self._adversary = codebook, adversary
         self._mean = _Mean(engine)
 
-    def __call__(self, batch: ImageBatch, learning_rate: float) -> Metrics:
+    def __call__(self, batch: ImageBatch, learning_rate: float, images_seen: int) -> Metrics:
         positions_B = batch.positions.to(self._engine.device, non_blocking=True)
         images_BCHW = batch.images.to(self._engine.device, non_blocking=True)
         noise_BCHW = rng.normal(self._seed, "autoencoder/posterior", positions_B, self._latent_shape)
         with self._engine.accumulate():
             rebuilt = self._engine.model(images_BCHW, noise_BCHW)
             terms = self._loss(images_BCHW, rebuilt)
-            self._engine.backward(terms.total.mean())
+            loss, told = terms.total.mean(), dict[str, Tensor]()
+            if self._adversary is not None and self._adversary.is_on(images_seen):
+                term, told = self._adversary(images_BCHW, rebuilt.images.float(), terms.nll.mean())
+                loss = loss + term
+            self._engine.backward(loss)
             grad_norm = self._engine.step(learning_rate)
+        if self._loss.variance is not None:
+            told["train/logvar"] = self._loss.variance.logvar.mean()
         means = {
-            "train/loss": terms.total.mean(),
+            **told,
+            "train/loss": loss,
             "train/l1": terms.l1.mean(),
             "train/perceptual": terms.perceptual.mean(),
         }
@@ -160,8 +170,9 @@ class AutoencoderStep:
             means["train/kl"] = terms.kl.mean()
         else:
             means["train/codebook"] = terms.codebook.mean()
+        norms = {f"train/{name}_grad_norm": norm for name, norm in self._engine.companion_norms.items()}
         found = {} if self._codebook is None else self._codebook.take(rebuilt)
-        return {**self._mean(means), "train/grad_norm": grad_norm, **found}
+        return {**self._mean(means), **norms, "train/grad_norm": grad_norm, **found}
 
     def state(self) -> dict[str, Any]:
         return {} if self._codebook is None else self._codebook.state()

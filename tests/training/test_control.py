@@ -29,9 +29,9 @@ class Touching(guarded.Step):
         super().__init__(engine)
         self._at = at
 
-    def __call__(self, batch: guarded.Batch, learning_rate: float) -> Any:
+    def __call__(self, batch: guarded.Batch, learning_rate: float, images_seen: int) -> Any:
         self._at.get(int(batch.positions[0]), lambda: None)()
-        return super().__call__(batch, learning_rate)
+        return super().__call__(batch, learning_rate, images_seen)
 
 
 def trained(engine: Any, path: Path, at: dict[int, Callable[[], None]], **how: Any) -> tuple[dict[str, Any], list[int]]:

@@ -135,7 +135,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("error" if start >= 32 else "default")
         micro = [next(batches) for _ in range(engine.accumulation)]
         for batch in micro:
-            metrics = step(batch, 1e-3)
+            metrics = step(batch, 1e-3, start)
             run.guard.remember(batch.keys)
         assert numbers.hear(start, metrics, told_to_stop=False, at_once=False).troubles == []
     torch.cuda.set_sync_debug_mode("default")

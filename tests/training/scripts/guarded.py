@@ -88,7 +88,7 @@ class Step:
     def __init__(self, engine: Any) -> None:
         self.engine, self.losses, self.starts = engine, list[Tensor](), list[int]()
 
-    def __call__(self, batch: Batch, learning_rate: float) -> Metrics:
+    def __call__(self, batch: Batch, learning_rate: float, images_seen: int) -> Metrics:
         self.starts.append(int(batch.positions[0]))
         with self.engine.accumulate():
             loss = self.engine.model(batch.x, batch.y).mean()
@@ -154,12 +154,12 @@ def ended(run: Run, step: Step) -> dict[str, Any]:
 class KilledOnTheWayBack(Step):
     """Dies a few global batches after a rollback, before the trouble is reached again."""
 
-    def __call__(self, batch: Batch, learning_rate: float) -> Metrics:
+    def __call__(self, batch: Batch, learning_rate: float, images_seen: int) -> Metrics:
         start = int(batch.positions[0])
         if self.starts and max(self.starts) > start + 8 and start >= 24:
             runtime.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(batch, learning_rate)
+        return super().__call__(batch, learning_rate, images_seen)
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ NAP_S = 0.1
 
 
 class SlowStep(guarded.Step):
-    def __call__(self, batch: guarded.Batch, learning_rate: float) -> Metrics:
+    def __call__(self, batch: guarded.Batch, learning_rate: float, images_seen: int) -> Metrics:
         if self.engine.rank == 1:
             time.sleep(NAP_S)
-        return super().__call__(batch, learning_rate)
+        return super().__call__(batch, learning_rate, images_seen)
 
 
 class SlowSource(guarded.Source):
