@@ -32,7 +32,10 @@ def own_addresses() -> dict[str, str]:
 def own_address_towards(address: str) -> str:
     """Where answers from there would come to; sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))
+        try:
+            probe.connect((address, 9))
+        except OSError as error:
+            raise ValueError(f"HOSTS: no way from here to {address} ({error})") from None
         return str(probe.getsockname()[0])
 
 

@@ -1,13 +1,15 @@
 """Two hosts, real but for their hardware: one is lost, the cable between them is pulled; nothing else is."""
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fault_runs import Launch, Toy, curve, differing, events
-from host_pair import NAMES, HostPair, host_pair, wait_for
+from host_pair import NAMES, ROOT, HostPair, host_pair, wait_for
 
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import storage
@@ -24,6 +26,22 @@ def hosts() -> Iterator[HostPair]:
             yield made
     except OSError as error:
         pytest.skip(f"this machine makes no network namespaces: {error}")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("", "HOSTS is not set: name every host of the job"),
+        ("localhost,no.such.host", "HOSTS: no.such.host is not known here"),
+        ("198.51.100.1,198.51.100.2", "names 0 times a host with the addresses 127.0.0.1"),
+        ("localhost,127.0.0.1", "names 2 times a host"),
+    ],
+)
+def test_hosts_that_cannot_be_are_refused(named: str, said: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    line = [ROOT / "launchers" / "torchrun.sh", "train.py"]
+    done = subprocess.run(line, env={**os.environ, "HOSTS": named, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 class Job:
@@ -95,8 +113,10 @@ def test_a_cable_pulled_for_good_ends_both_hosts(toy: Toy, hosts: HostPair, tmp_
     hosts.cable(plugged=False)
     assert job.ended(TRAIN_ENDS_S) == [1, 1]
     hosts.cable(plugged=True)
-    assert "rank 1 on host1 was lost: no sign of life for 40 s" in storage.read_json(RunDir(run).status)["reason"]
-    assert "rank 0 was lost: it does not answer rank 1" in job.said(1)
+    reasons = "rank 1 on host1 was lost: no sign of life for 40 s", "rank 0 was lost: it does not answer rank 1"
+    assert reasons[0] in job.said(0) and reasons[1] in job.said(1)
+    status = storage.read_json(RunDir(run).status)
+    assert status["state"] == "failed" and status["reason"] in reasons  # of whoever is last to see the other's silence
     job = training(toy, hosts, run)
     assert job.ended() == [0, 0], job.said(0)
     toy.train(undisturbed, *LENGTH).finish()
