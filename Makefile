@@ -33,8 +33,8 @@ OPENMOJI_ARGS := scale=toy name=openmoji data.images=$(OPENMOJI)/train data.vali
 OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditioning.vocab_size=2048
 
 .DEFAULT_GOAL := help
-.PHONY: help setup system-packages wheelhouse prebuild-ops img2dataset demo demo-openmoji test test-fast test-faults lint \
-	types bench model-table toy plan precompute-latents train status sample evaluate report clean
+.PHONY: help setup system-packages wheelhouse prebuild-ops img2dataset demo demo-openmoji compression-sweep test test-fast \
+	test-faults lint types bench model-table toy plan precompute-latents train status sample evaluate report clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,19 @@ demo-openmoji: setup ## The same pipeline on 4,495 emoji (about 15 minutes; CC B
 toy: setup ## Toy shards and a first stage trained on them: what SCALE=toy jobs start from
 	@python -m data_tools.make_toy_world $(TOY) --backgrounds white
 	@python train.py +experiment=autoencoder_kl_f4 scale=toy
+
+FACTORS := 1 2 4 8 16 32
+
+compression-sweep: setup ## One model at every compression, f = 1 to 32: SCALE=toy trains and compares them, full plans them
+ifeq ($(SCALE),toy)
+	@python -m data_tools.make_toy_world $(TOY) --backgrounds white
+	@python train.py +sweep=compression_first_stages scale=toy $(ARGS)
+	@python precompute_latents.py +sweep=compression scale=toy $(ARGS)
+	@python train.py +sweep=compression scale=toy $(ARGS)
+	@python -m ldm_scale.jobs.compression_tradeoff $(FACTORS:%=runs/compression_f%/toy) --steps 5 10 20 50
+else
+	@for f in $(FACTORS); do python -m ldm_scale.jobs.plan +experiment=compression_f$$f name=compression $(ARGS); done
+endif
 
 test: setup system-packages $(IMG2DATASET) ## Every test
 	pytest -n 2 --dist loadfile

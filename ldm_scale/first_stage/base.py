@@ -105,6 +105,11 @@ class FirstStageConfig(ABC):
             raise ValueError(f"first_stage.scale={self.scale}; must be above 0, or null for 1 / standard deviation")
 
     @property
+    def has_weights(self) -> bool:
+        """Whether there is anything to take from `checkpoint`."""
+        return True
+
+    @property
     @abstractmethod
     def factor(self) -> int:
         """Downsampling f: an image of side s becomes a latent of side s / f."""

@@ -21,6 +21,10 @@ class IdentityConfig(FirstStageConfig):
             raise ValueError(f"first_stage.image_channels={self.image_channels}; must be at least 1")
 
     @property
+    def has_weights(self) -> bool:
+        return False
+
+    @property
     def factor(self) -> int:
         return 1
 

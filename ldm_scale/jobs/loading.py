@@ -24,14 +24,19 @@ def first_stage(config: FirstStageConfig) -> FirstStage:
     raises  FileNotFoundError where there is none, ValueError where it is another network than `config` describes
     """
     where = first_stage_weights(config)
-    held = weights.load(where)
     network = config.build()
-    weights.load_exactly(network, held.tensors, str(where))
+    if where is not None:
+        weights.load_exactly(network, weights.load(where).tensors, str(where))
     return network.requires_grad_(False).eval()
 
 
-def first_stage_weights(config: FirstStageConfig) -> Path:
-    """The weights directory of a trained first stage; checked without building anything."""
+def first_stage_weights(config: FirstStageConfig) -> Path | None:
+    """The weights directory of a trained first stage, None for one that has no weights; checked without building.
+
+    raises  FileNotFoundError where there is none
+    """
+    if not config.has_weights:
+        return None
     if config.checkpoint is None:
         raise FileNotFoundError(
             "first_stage.checkpoint is not set: name a weights directory or the run directory of a trained first stage"

@@ -78,6 +78,8 @@ PUBLISHED: Mapping[str, Figures] = {  # facts.md 2.1 and 2.2
     "uncond_lsun_bedrooms": _LDM_4,
     "uncond_lsun_churches": DiffusionFigures(294_966_916, 41.85),
     "class_imagenet": DiffusionFigures(400_920_579, 208.45, 512_512),
+    "compression_f4": DiffusionFigures(400_920_579, 208.45, 512_000),
+    "compression_f8": DiffusionFigures(394_984_196, 114.07, 512_000),
     "class_imagenet_ldm8": DiffusionFigures(394_984_196, 114.07, 512_000),
     "txt2img_laion": DiffusionFigures(872_300_484, 182.07, 581_994_042, unused=39_098_682),
     "stable_diffusion_v1": DiffusionFigures(859_520_964, 803.27, 123_060_480),
@@ -95,6 +97,12 @@ PAPER = {  # millions of parameters in the paper's tables 12 to 15 and its secti
     "class_imagenet": (400, "U-Net"),
     "class_imagenet_ldm8": (395, "U-Net"),
     "txt2img_laion": (1450, "U-Net, conditioner"),
+    "compression_f1": (396, "U-Net"),
+    "compression_f2": (391, "U-Net"),
+    "compression_f4": (400, "U-Net"),
+    "compression_f8": (395, "U-Net"),
+    "compression_f16": (395, "U-Net"),
+    "compression_f32": (395, "U-Net"),
     "layout2img_openimages": (306, "U-Net, conditioner"),
     "layout2img_coco": (345, "U-Net, conditioner"),
     "semantic_landscapes": (215, "U-Net"),
@@ -232,11 +240,11 @@ def _first_stage_row(job: jobs_config.Experiment, ours: Figures) -> list[str]:
 
 
 def _diffusion_row(job: jobs_config.Experiment, ours: Figures) -> list[str]:
-    assert job.first_stage.checkpoint is not None, "a second stage stands on a trained first stage"
+    stands_on = "pixels" if job.first_stage.checkpoint is None else Path(job.first_stage.checkpoint).name
     millions, counted = PAPER.get(job.experiment, (0, ""))
     return [
         job.experiment,
-        f"{Path(job.first_stage.checkpoint).name}, {_latent(job, job.data.transform.size)}",
+        f"{stands_on}, {_latent(job, job.data.transform.size)}",
         *_beside(ours, PUBLISHED.get(job.experiment)),
         f"{millions}M ({counted})" if millions else "-",
     ]

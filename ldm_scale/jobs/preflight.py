@@ -15,6 +15,7 @@ from ldm_scale.core import runtime
 from ldm_scale.data.cache import require_match, require_text
 from ldm_scale.data.config import Origin
 from ldm_scale.evaluation.features import InceptionFeatures
+from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.loss import perceptual_network
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
@@ -75,13 +76,18 @@ def _all(job: jobs_config.TrainJob, needs: Needs) -> Iterator[tuple[str, Callabl
     yield "engine", lambda: _engine(job, needs.world)
     yield "memory", lambda: _memory(job, needs)
     if not job.trains_first_stage:
-        yield "first stage", lambda: f"weights in {loading.first_stage_weights(job.first_stage)}"
+        yield "first stage", lambda: _first_stage(job.first_stage)
     yield "conditions", lambda: _conditions(job)
     yield "data", lambda: _data(job)
     yield "held-out images", lambda: _held_out(job)
     yield "scores", lambda: _scores(job)
     yield "disk", lambda: _disk(job, needs)
     yield "W&B", lambda: _wandb(job)
+
+
+def _first_stage(config: FirstStageConfig) -> str:
+    where = loading.first_stage_weights(config)
+    return "has no weights" if where is None else f"weights in {where}"
 
 
 def _batch(job: jobs_config.TrainJob, world: int) -> str:

@@ -34,7 +34,8 @@ log = runtime.logger(__name__)
 def run(job: jobs_config.TrainJob) -> None:
     """Train to the end, or until told to stop; called again, go on from the newest checkpoint.
 
-    exits  0 finished or stopped, 75 preempted, 1 failed; `status.json` in the run directory says the same
+    exits  75 preempted, 0 stopped, 1 failed; `status.json` in the run directory says the same. Finished, it returns: the
+           next training of a sweep may follow in this process
     """
     startup = Startup()
     runtime.configure_logging()
@@ -49,7 +50,8 @@ def run(job: jobs_config.TrainJob) -> None:
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
     with _status_kept(run_dir, tracker):
         outcome = _train(job, run_dir, tracker, plain, changed, preemption, startup)
-    runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
+    if outcome != "finished":
+        runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
 
 
 def _train(

@@ -148,11 +148,14 @@ class Ranks:
         return Straggler(rank=rank, host=self.hosts[rank], own_ms=slowest, median_ms=median, share=share)
 
 
+_LAUNCHES = iter([psutil.Process().create_time()])  # a process's first training began with it, any later one by itself
+
+
 class Startup:
-    """Seconds from the start of this process to its first step, by phase."""
+    """Seconds from the launch of a training to its first step, by phase."""
 
     def __init__(self) -> None:
-        self.launched = psutil.Process().create_time()
+        self.launched = next(_LAUNCHES, time.time())
         """Seconds since the epoch."""
         self.seconds: dict[str, float] = {}
         self.is_over = False

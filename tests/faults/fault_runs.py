@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_tools.make_toy_world import Recipe, write_world
-from ldm_scale.core import weights
+from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, precompute, train
 from ldm_scale.training.checkpoint import find, read_consolidated
@@ -40,6 +40,7 @@ def work(job: str, overrides: Sequence[str], rank: int, world: int, port: int, l
     if job == "train":
         train.Guard = _traced(log.parent / f"keys{port}.{rank}")  # type: ignore[misc]
         train.run(composed)
+        runtime.leave()
     else:
         precompute.run(composed)
 

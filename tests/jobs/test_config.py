@@ -24,6 +24,10 @@ UNPUBLISHED = {  # of the networks that were never released; the others' are in 
     "autoencoder_kl_f2": 13_314_465,
     "autoencoder_vq_f2": 13_313_937,
     "autoencoder_vq_f32": 103_384_755,
+    "compression_f1": 396_835_971 + 512_000,  # the U-Net, which table 13 counts alone, and 1,000 classes
+    "compression_f2": 390_888_578 + 512_000,
+    "compression_f16": 395_002_632 + 512_000,
+    "compression_f32": 395_113_248 + 512_000,
     "layout2img_coco": 366_897_540,  # the paper says 345M, which no choice of levels with attention gives
     "superres_imagenet": 113_622_563,  # as superres_bsr
     "inpainting_places": 215_230_467,  # semantic_landscapes and 9 x 128 weights of one more channel
