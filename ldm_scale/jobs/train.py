@@ -34,8 +34,8 @@ log = runtime.logger(__name__)
 def run(job: jobs_config.TrainJob) -> None:
     """Train to the end, or until told to stop; called again, go on from the newest checkpoint.
 
-    exits  75 preempted, 0 stopped, 1 failed; `status.json` in the run directory says the same. Finished, it returns: the
-           next training of a sweep may follow in this process
+    exits  75 preempted, 0 stopped, 1 failed; `status.json` in the run directory says the same. Finished, it returns:
+           the next training of a sweep may follow in this process
     """
     startup = Startup()
     runtime.configure_logging()
