@@ -11,7 +11,7 @@ of `runs/compression_tradeoff/NAME`, with whether they have the shape of the pap
 import argparse
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,15 @@ from torch import Tensor
 
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.tensors import to_uint8
+from ldm_scale.evaluation.alignment import caption_accuracy
+from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.model_table import parameters
-from ldm_scale.jobs.scores import GenerationScores, HeldOutImages, ReconstructionScores
-from ldm_scale.latent_diffusion.generate import Generator
+from ldm_scale.jobs.scores import GenerationScores, HeldOutImages, ReconstructionScores, reconstruct
+from ldm_scale.latent_diffusion.generate import UNSTEERED, Generator, Steering
+from ldm_scale.samplers.base import Watch
 from ldm_scale.tracking.report import write_report
 from ldm_scale.tracking.tracker import TrackerConfig
 
@@ -57,6 +61,7 @@ class Measure:
 
 MEASURES = (
     Measure(name="eval/fid", words="FID", sign=-1),
+    Measure(name="eval/fid_clean", words="FID, clean resizing", sign=-1),
     Measure(name="eval/fd_random", words="Frechet distance in random features", sign=-1),
     Measure(name="eval/caption_accuracy", words="caption accuracy", sign=1),
 )
@@ -106,16 +111,18 @@ class TimedGenerator(Generator):
     seconds: list[float] = field(default_factory=list)
     """An image, in each batch."""
 
-    def batches(self, conditions: Sequence[Any], batch: int, first_index: int = 0) -> Iterator[Tensor]:
-        drawn = Generator.batches(self, conditions, batch, first_index)
-        while True:
-            began = time.perf_counter()
-            images_BCHW = next(drawn, None)
-            if images_BCHW is None:
-                return
-            on_cpu_BCHW = images_BCHW.cpu()  # waits for the device
-            self.seconds.append((time.perf_counter() - began) / len(on_cpu_BCHW))
-            yield on_cpu_BCHW
+    def images(
+        self,
+        conditions: Sequence[Any],
+        indices: Sequence[int],
+        *,
+        steering: Steering = UNSTEERED,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        began = time.perf_counter()
+        images_BCHW = Generator.images(self, conditions, indices, steering=steering, watch=watch).cpu()  # waits for it
+        self.seconds.append((time.perf_counter() - began) / len(images_BCHW))
+        return images_BCHW
 
 
 def main() -> None:
@@ -162,10 +169,9 @@ def measure(run_dir: RunDir, steps: Sequence[int]) -> Member:
 def _drawn(run_dir: RunDir, source: loading.TrainingRun, steps: Sequence[int]) -> dict[str, Any]:
     """Scores and throughput by number of steps, and scores of reconstructions; those that were known are kept."""
     config = storage.read_json(run_dir.config)
-    evaluation = jobs_config.from_plain("evaluation", config["evaluation"])
-    paths = jobs_config.from_plain("paths", config["paths"])
-    sampler = jobs_config.from_plain("sampler", config["sampler"])
-    held_out = HeldOutImages.read(source.data, evaluation.images)
+    parts = ("evaluation", "paths", "sampler")
+    evaluation, paths, sampler = (jobs_config.from_plain(name, config[name]) for name in parts)
+    held_out = HeldOutImages.open(source.data, evaluation.images)
     depends_on = {
         "checkpoint": source.checkpoint.name,
         "evaluation": config["evaluation"],
@@ -178,11 +184,14 @@ def _drawn(run_dir: RunDir, source: loading.TrainingRun, steps: Sequence[int]) -
         known = {"depends_on": depends_on, "steps": {}, "limits": None}
     if known["limits"] is not None and all(str(count) in known["steps"] for count in steps):
         return known
-    trained = source.load(runtime.device())
+    device = runtime.device()
+    trained = source.load(device)
     if known["limits"] is None:
-        reconstructs = source.first_stage.has_weights
-        known["limits"] = ReconstructionScores(evaluation, paths, held_out)(trained.first_stage) if reconstructs else {}
-    scores = GenerationScores(evaluation, paths, held_out)
+        known["limits"] = (
+            _limits(trained.first_stage, evaluation, paths, held_out) if source.first_stage.has_weights else {}
+        )
+    transform = jobs_config.to_plain(source.data.transform)
+    scores = GenerationScores(evaluation, paths, held_out, transform, device)
     for count in steps:
         if str(count) not in known["steps"]:
             log.info("%s: %d pictures with %d steps", run_dir.path, evaluation.images, count)
@@ -198,6 +207,21 @@ def _drawn(run_dir: RunDir, source: loading.TrainingRun, steps: Sequence[int]) -
             known["steps"][str(count)] = {"images_per_s": 1 / min(generator.seconds), "scores": found}
             storage.write_json(file, known)
     return known
+
+
+def _limits(
+    first_stage: FirstStage,
+    evaluation: jobs_config.EvaluationConfig,
+    paths: jobs_config.PathsConfig,
+    held_out: HeldOutImages,
+) -> dict[str, float]:
+    """Scores of held-out images, encoded and decoded."""
+    found = ReconstructionScores(evaluation, paths, held_out, runtime.device())(first_stage)
+    if evaluation.caption_accuracy:
+        batch = held_out.read(range(held_out.count))
+        rebuilt_BHWC = to_uint8(reconstruct(first_stage, batch.images)).permute(0, 2, 3, 1).numpy()
+        found["eval/caption_accuracy"] = caption_accuracy(batch.captions, rebuilt_BHWC).overall
+    return found
 
 
 def verdicts(members: Sequence[Member]) -> list[Verdict]:
@@ -297,8 +321,7 @@ def _by_images(axes: Axes, members: Sequence[Member], one: Measure) -> None:
         axes.plot(*zip(*member.curves[one.name], strict=True), marker="o", ms=3, color=colour, label=_label(member))
         if one.name in member.limits:
             axes.axhline(member.limits[one.name], color=colour, ls="--", lw=0.8)
-    if one.sign < 0:
-        axes.set_yscale("log")
+    _scale(axes, one)
     axes.legend(title="dashed: first stage alone" if any(one.name in m.limits for m in members) else None, fontsize=8)
 
 
@@ -314,9 +337,15 @@ def _by_throughput(axes: Axes, members: Sequence[Member], one: Measure) -> None:
         axes.plot([], [], _MARKERS[place % len(_MARKERS)], color=_INK, label=f"{drawn.steps} steps")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    _scale(axes, one)
+    axes.legend(fontsize=8)
+
+
+def _scale(axes: Axes, one: Measure) -> None:
     if one.sign < 0:
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    else:
+        axes.set_ylim(-0.02, 1.02)
 
 
 def _label(member: Member) -> str:

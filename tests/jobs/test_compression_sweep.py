@@ -2,6 +2,7 @@
 
 import functools
 import html
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def test_two_factors_from_pixels_to_pictures(world: World, tmp_path: Path) -> No
     sweep("precompute_latents.py", "compression", two, "precompute.min_psnr=0")
     sweep("train.py", "compression", two)
     runs = [f"runs/compression_f{factor}/toy" for factor in (1, 4)]
-    compare = there.job("-m", "ldm_scale.jobs.compression_tradeoff", *runs, "--steps", "2", "1")
+    compare = [sys.executable, "-m", "ldm_scale.jobs.compression_tradeoff", *runs, "--steps", "2", "1"]
     said = there.run(compare)
     assert "sampling throughput rises with f" in said and "images/s" in said
     made = tmp_path / "runs" / "compression_tradeoff" / "toy"
