@@ -98,7 +98,8 @@ class FirstStageConfig(ABC):
     checkpoint: str | None = None
     """Directory of weights, or of a training run, to take the first stage from; None: fresh weights."""
     scale: float | None = None
-    """Factor from unscaled latents to those the U-Net sees; None: 1 / their standard deviation, from the cache."""
+    """Factor from unscaled latents to those the U-Net sees; None: 1 / their standard deviation, as the weights say, or
+    where they do not say, as it is measured."""
 
     def __post_init__(self) -> None:
         if self.scale is not None and self.scale <= 0:

@@ -6,8 +6,10 @@ Shape letters: B batch, C latent channels, H W height and width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
+import torch
 from torch import Tensor, nn
 
 from ldm_scale.first_stage.base import FirstStage, Moments, Rebuilt
@@ -16,9 +18,21 @@ from ldm_scale.first_stage.convolutional import ConvolutionalConfig
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # of the posterior, natural logarithm; facts.md 5.2
 
 
+class Rescale(Enum):
+    """What brings latents to unit variance for a second stage (Rombach et al. 2022, appendix G)."""
+
+    all = "all"
+    """One factor for all channels: `first_stage.scale`."""
+    channels = "channels"
+    """Each channel is divided by its own standard deviation, of which training left a note beside the weights."""
+
+
 @dataclass(kw_only=True, slots=True)
 class AutoencoderKLConfig(ConvolutionalConfig):
     """The defaults are kl-f8."""
+
+    rescale: Rescale = Rescale.all
+    """What brings its latents to unit variance, once it is trained."""
 
     def build(self) -> "AutoencoderKL":
         return AutoencoderKL(self)
@@ -26,6 +40,8 @@ class AutoencoderKLConfig(ConvolutionalConfig):
 
 class AutoencoderKL(FirstStage):
     """Encoder to a diagonal Gaussian over latents, and decoder."""
+
+    config: AutoencoderKLConfig
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -36,6 +52,21 @@ class AutoencoderKL(FirstStage):
         self.decoder = config.decoder()
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, kernel_size=1)
+
+    @torch.no_grad()
+    def rescale_channels(self, std_C: Tensor) -> None:
+        """Divide latent channels by `std_C`, and multiply by it before decoding: the same images by other latents.
+
+        The factors go into the 1x1 convolutions on both sides of the latent, so that nobody has to know of them. What
+        the clamp of the log-variance cuts off moves by 2 ln std_C.
+        """
+        assert self.quant_conv.bias is not None
+        mean_bias_C, logvar_bias_C = self.quant_conv.bias.chunk(2)
+        mean_bias_C /= std_C
+        logvar_bias_C -= 2 * std_C.log()
+        self.quant_conv.weight[: len(std_C)] /= std_C[:, None, None, None]
+        self.post_quant_conv.weight *= std_C[:, None, None]
+        self.config = replace(self.config, rescale=Rescale.all)
 
     def encode(self, images_BCHW: Tensor) -> Moments:
         self._require_divisible(images_BCHW)

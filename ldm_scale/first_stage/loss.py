@@ -257,14 +257,15 @@ class RandomFeatureDistance(nn.Module):
 
 def _vgg16_file(weights: str | None) -> str:
     """The path of VGG16_FILE, proven whole."""
-    remedy = "run `make fetch-weights` (on a machine with internet), or set autoencoder_loss.perceptual=none"
+    remedy = (
+        "run `make fetch-weights` (on a machine with internet) and point paths.weights at it, or do without LPIPS: "
+        "autoencoder_loss.perceptual=none or random, evaluation.features=random"
+    )
     if weights is None:
-        raise FileNotFoundError(
-            f"autoencoder_loss.perceptual=lpips needs {VGG16_FILE}, and paths.weights is not set; {remedy}"
-        )
+        raise FileNotFoundError(f"LPIPS needs {VGG16_FILE}, and paths.weights is not set; {remedy}")
     path = os.path.join(weights, VGG16_FILE)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"autoencoder_loss.perceptual=lpips needs {path}, which is not there; {remedy}")
+        raise FileNotFoundError(f"LPIPS needs {path}, which is not there; {remedy}")
     expected = VGG16_FILE.removesuffix(".pth").rpartition("-")[2]
     if not (found := sha256_file(path)).startswith(expected):
         raise ValueError(

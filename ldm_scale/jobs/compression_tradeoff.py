@@ -216,10 +216,11 @@ def _limits(
     held_out: HeldOutImages,
 ) -> dict[str, float]:
     """Scores of held-out images, encoded and decoded."""
-    found = ReconstructionScores(evaluation, paths, held_out, runtime.device())(first_stage)
+    found = ReconstructionScores(evaluation, paths, held_out, runtime.device())(first_stage).scores
     if evaluation.caption_accuracy:
         batch = held_out.read(range(held_out.count))
-        rebuilt_BHWC = to_uint8(reconstruct(first_stage, batch.images)).permute(0, 2, 3, 1).numpy()
+        rebuilt = reconstruct(first_stage, batch.images.to(runtime.device())).images
+        rebuilt_BHWC = to_uint8(rebuilt).permute(0, 2, 3, 1).cpu().numpy()
         found["eval/caption_accuracy"] = caption_accuracy(batch.captions, rebuilt_BHWC).overall
     return found
 

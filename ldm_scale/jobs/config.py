@@ -34,7 +34,7 @@ from ldm_scale.data.config import DataConfig, Origin
 from ldm_scale.evaluation.statistics import Score
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.identity import IdentityConfig
-from ldm_scale.first_stage.kl import AutoencoderKLConfig
+from ldm_scale.first_stage.kl import AutoencoderKLConfig, Rescale
 from ldm_scale.first_stage.loss import AutoencoderLossConfig
 from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.latent_diffusion.model import DiffusionConfig, LatentDiffusionConfig
@@ -61,7 +61,7 @@ class Features(Enum):
     random = "random"
     """A fixed random-weight network: needs no download, logs `fd_random`."""
     inception = "inception"
-    """Inception v3 of the FID paper, from `paths.weights`; logs `fid`."""
+    """Inception v3 of the FID paper, from `paths.weights`; logs `fid`. First stages log `lpips` too, by VGG16 there."""
     inception_clean = "inception_clean"
     """The same on images resized as clean-fid does; logs `fid_clean`."""
 
@@ -261,6 +261,9 @@ class TrainJob(Experiment):
             )
         if isinstance(self.conditioning, ClipTextConfig):
             _require_own_captions(self.data)
+        rescale = self.first_stage.rescale if isinstance(self.first_stage, AutoencoderKLConfig) else Rescale.all
+        if self.trains_first_stage and rescale is not Rescale.all:
+            raise ValueError("first_stage.rescale=channels is for a second stage; this job trains the first one")
         if self.init is None and self.init_what is not InitWhat.weights:
             raise ValueError(f"init_what={self.init_what.name} without init=RUN: say what to start from")
         if self.trains_first_stage and self.first_stage.checkpoint is not None:
@@ -506,15 +509,47 @@ class SampleJob(Drawing):
 
 
 @dataclass(kw_only=True, slots=True)
+class GivenFirstStage:
+    """A first stage to score that no run of ours need have trained; its config.json says what it is."""
+
+    checkpoint: str | None = None
+    """Directory of weights, or of a training run whose published weights are meant."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluatedData:
+    """The images that scores are about."""
+
+    images: str | None = None
+    """Image shards; None for the held-out ones that the run was configured with."""
+    size: int | None = None
+    """Side that first stages are scored at, pixels; None: as in training."""
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateJob(Drawing):
     """`evaluate.py`."""
 
-    run_dir: str
-    """The run directory of the training."""
+    run_dir: str | None = None
+    """The run directory of a training, of a first or second stage."""
+    first_stage: GivenFirstStage = field(default_factory=GivenFirstStage)
+    """Instead of `run_dir`: a first stage."""
     evaluation: EvaluationConfig
     """Scores."""
-    validation: str | None = None
-    """Held-out image shards; None for those that the run was configured with."""
+    data: EvaluatedData = field(default_factory=EvaluatedData)
+    """On which images."""
+
+    def __post_init__(self) -> None:
+        Drawing.__post_init__(self)
+        checkpoint = self.first_stage.checkpoint
+        if (self.run_dir is None) == (checkpoint is None):
+            raise ValueError("name the model: run_dir=RUN or first_stage.checkpoint=DIRECTORY, one of the two")
+        if checkpoint is not None and (self.data.images is None or self.data.size is None):
+            raise ValueError(
+                f"first_stage.checkpoint={checkpoint} needs data.images=SHARDS and data.size=PIXELS beside it"
+            )
+        if checkpoint is not None and (self.checkpoint, self.weights) != ("latest", "ema"):
+            raise ValueError("checkpoint= and weights= choose within run_dir=; first_stage.checkpoint= holds one set")
 
 
 def register(group: str, kind: str, config: type) -> None:
@@ -635,7 +670,8 @@ def _run_defaults(trained: Mapping[str, Any], schema: type, given: Mapping[str, 
         if section == "sampler" and not chosen:
             defaults.append(f"sampler={trained[section]['schema']}")
         shared = [key for key in trained[section] if key.startswith("guidance" if chosen else "") and key != "schema"]
-        defaults += [f"{section}.{key}={trained[section][key]}" for key in shared]
+        values = {key: "null" if trained[section][key] is None else trained[section][key] for key in shared}
+        defaults += [f"{section}.{key}={value}" for key, value in values.items()]
     return defaults
 
 

@@ -1,27 +1,58 @@
-"""Score a trained model on the held-out images of its experiment. `evaluate.py` starts this."""
+"""Score a trained model: of a second stage what it generates, of a first stage what it gives back.
 
-from dataclasses import replace
+`evaluate.py` starts this.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.data.config import DataConfig
+from ldm_scale.data.samples import Task
+from ldm_scale.first_stage.base import FirstStage
+from ldm_scale.images.resize import ImageTransformConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
-from ldm_scale.jobs.scores import GenerationScores, HeldOutImages
+from ldm_scale.jobs.scores import (
+    GenerationScores,
+    HeldOutImages,
+    Reconstructions,
+    ReconstructionScores,
+    reconstruction_grid,
+)
 from ldm_scale.latent_diffusion.generate import Generator
+
+_COLUMNS = 8  # pairs in a row of the picture
 
 
 def run(job: jobs_config.EvaluateJob) -> None:
-    """Print the scores, and write them with everything they depend on to `evaluation/` in the run directory."""
+    """Print the scores, and write them with everything they depend on to `evaluation/` beside what was scored."""
     runtime.configure_logging()
     runtime.join()
-    run_dir = RunDir(Path(job.run_dir))
-    source = loading.TrainingRun(run_dir, name=job.checkpoint, which=job.weights)
+    trained = None
+    if job.run_dir is not None:
+        trained = loading.RunWeights(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)
+    if trained is None or trained.trained_first_stage:
+        _score_first_stage(job, _given(job) if trained is None else _trained(job, trained))
+    else:
+        _score_second_stage(job)
+    runtime.leave()
+
+
+def _score_second_stage(job: jobs_config.EvaluateJob) -> None:
+    assert job.run_dir is not None, "asked only of a run"
+    if job.data.size is not None:
+        raise ValueError(f"data.size={job.data.size}: a second stage is scored at the size that it was trained at")
+    source = loading.TrainingRun(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)
     trained = source.load(runtime.device())
-    data = replace(source.data, validation=job.validation or source.data.validation)
+    data = replace(source.data, validation=job.data.images or source.data.validation)
     held_out = HeldOutImages.open(data, job.evaluation.images)
     transform = jobs_config.to_plain(data.transform)
     scores = GenerationScores(job.evaluation, job.paths, held_out, transform, runtime.device())
@@ -34,17 +65,90 @@ def run(job: jobs_config.EvaluateJob) -> None:
         seed=job.seed,
     )
     found = scores(generator)
-    if not runtime.is_main():
-        runtime.leave()
-    images_seen = source.checkpoint.name.removeprefix("images_")
-    out = run_dir.path / "evaluation" / f"{images_seen}_{job.weights.replace('/', '_')}.json"
     conditions = {"weights": trained.described, **scores.conditions(generator)}
-    storage.write_json(out, {"scores": found, "real": scores.real(), "conditions": conditions})
-    table = Table(title=f"{job.run_dir}: {trained.described}", title_justify="left")
+    out = _out(job, source.checkpoint)
+    _write(out, found, {"real": scores.real(), "conditions": conditions}, f"{job.run_dir}: {trained.described}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A first stage, and what is said of it."""
+
+    network: FirstStage
+    described: str
+    """Which weights these are, in words."""
+    data: DataConfig
+    """The images, as `validation`, and how they are brought to size."""
+    out: Path
+    """Where scores go, without the name's end."""
+
+
+def _trained(job: jobs_config.EvaluateJob, trained: loading.RunWeights) -> _Scored:
+    data = trained.data
+    data = replace(
+        data,
+        validation=job.data.images or data.validation,
+        transform=replace(data.transform, size=job.data.size or data.transform.size),
+    )
+    described = f"{job.run_dir}: {trained.described}"
+    return _Scored(trained.first_stage(), described, data, _out(job, trained.checkpoint))
+
+
+def _given(job: jobs_config.EvaluateJob) -> _Scored:
+    checkpoint, size = job.first_stage.checkpoint, job.data.size
+    assert checkpoint is not None and size is not None, "EvaluateJob checks it"
+    transform = ImageTransformConfig(size=size)
+    data = DataConfig(validation=job.data.images, transform=transform, task=Task.unconditional)
+    return _Scored(
+        loading.described_first_stage(checkpoint), checkpoint, data, Path(checkpoint) / "evaluation" / "weights"
+    )
+
+
+def _score_first_stage(job: jobs_config.EvaluateJob, scored: _Scored) -> None:
+    network = scored.network.to(runtime.device())
+    held_out = HeldOutImages.open(scored.data, job.evaluation.images)
+    scores = ReconstructionScores(job.evaluation, job.paths, held_out, runtime.device())
+    found = scores(network)
+    conditions = {
+        "weights": scored.described, "first_stage_sha256": network.digest(), **scores.conditions(),
+        "images": scored.data.validation, "size": scored.data.transform.size,
+    }  # fmt: skip
+    out = scored.out.with_name(f"{scored.out.name}_{held_out.digest[:8]}_{scored.data.transform.size}")
+    _write(out, found.scores, {"conditions": conditions}, scored.described)
+    if runtime.is_main():
+        _show(out, network, held_out, found)
+
+
+def _show(out: Path, network: FirstStage, held_out: HeldOutImages, found: Reconstructions) -> None:
+    """`out`.png: reconstructions below their originals, first the worst, then those in the middle."""
+    ranked = found.psnr_N.argsort().tolist()
+    middle = max(0, len(ranked) // 2 - _COLUMNS // 2)
+    shown = [*ranked[:_COLUMNS], *ranked[middle : middle + _COLUMNS]]
+    labels = [f"{found.psnr_N[i]:.1f} dB" for i in shown]
+    title = "the worst of all images, and below them those in the middle, by PSNR"
+    picture_HWC = reconstruction_grid(network, held_out.read(shown).images, labels, columns=_COLUMNS, title=title)
+    file = out.with_suffix(".png")
+    with storage.atomic_write(file) as stream:
+        Image.fromarray(picture_HWC).save(stream, format="PNG")
+    print(f"worst and typical reconstructions: {file}")
+
+
+def _write(out: Path, found: Mapping[str, float], beside: Mapping[str, Any], title: str) -> None:
+    """On rank 0: `out`.json, and the scores as a table on the screen."""
+    if not runtime.is_main():
+        return
+    file = out.with_suffix(".json")
+    storage.write_json(file, {"scores": dict(found), **beside})
+    table = Table(title=title, title_justify="left")
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    print(f"scores and what they depend on: {out}")
-    runtime.leave()
+    print(f"scores and what they depend on: {file}")
+
+
+def _out(job: jobs_config.EvaluateJob, checkpoint: Path) -> Path:
+    """Where the scores of a checkpoint of a run go, without the end of the name."""
+    name = f"{checkpoint.name.removeprefix('images_')}_{job.weights.replace('/', '_')}"
+    return Path(str(job.run_dir)) / "evaluation" / name

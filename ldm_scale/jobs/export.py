@@ -14,19 +14,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ldm_scale.conditioning.base import Conditioner
 from ldm_scale.conditioning.clip_text import ClipTextConditioner
 from ldm_scale.conditioning.text import TextConditioner
-from ldm_scale.core import runtime, storage, weights
+from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.interop import bundle as bundles
 from ldm_scale.interop import diffusers
 from ldm_scale.interop.bundle import Bundle
-from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import CheckpointError
@@ -66,9 +64,9 @@ def load(given: Path, which: str) -> Exported:
     raises  FileNotFoundError where there is none, ValueError for weights it does not have
     """
     run_dir, name = locate(given)
-    config = storage.read_json(run_dir.config)
-    if config["unet"] is None:
-        return _first_stage(run_dir, config, name, which)
+    run_weights = loading.RunWeights(run_dir, name=name, which=which)
+    if run_weights.trained_first_stage:
+        return _first_stage(run_weights, which)
     source = loading.TrainingRun(run_dir, name=name, which=which)
     trained = source.load(torch.device("cpu"))
     bundle = Bundle(
@@ -93,22 +91,14 @@ def locate(given: Path) -> tuple[RunDir, str]:
     raise FileNotFoundError(f"{given} is neither a training run (it has no config.json) nor a checkpoint of one")
 
 
-def _first_stage(run_dir: RunDir, config: dict[str, Any], name: str, which: str) -> Exported:
-    kind = {"raw": "weight", "ema": f"ema/{config['ema_half_lives'][0]}"}.get(which, which)
-    where = checkpoint.find(run_dir.checkpoints, name)
-    _, tensors = checkpoint.read_consolidated(where, kind)
-    network = jobs_config.from_plain("first_stage", config["first_stage"]).build()
-    weights.load_exactly(network, tensors, str(where))
+def _first_stage(run_weights: loading.RunWeights, which: str) -> Exported:
+    network = run_weights.first_stage()
     scale = network.config.scale
     bundle = Bundle(
-        first_stage=network.requires_grad_(False).eval(),
-        unet=None,
-        conditioner=None,
-        diffusion=None,
-        latent_scale=1.0 if scale is None else scale,
+        first_stage=network, unet=None, conditioner=None, diffusion=None, latent_scale=1.0 if scale is None else scale
     )
-    size = config["data"]["transform"]["size"]
-    return Exported(bundle=bundle, size=size, checkpoint=where, which=which)
+    size = run_weights.data.transform.size
+    return Exported(bundle=bundle, size=size, checkpoint=run_weights.checkpoint, which=which)
 
 
 def _take_tokenizer(conditioner: Conditioner | None, out: Path) -> None:

@@ -1,10 +1,12 @@
 """Trained parts from where they lie: a first stage from its weights, a second stage from its run or model directory."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm_scale.conditioning.base import ConditionerConfig
 from ldm_scale.conditioning.clip_text import ClipTextConditioner, ClipTextConfig
@@ -12,22 +14,55 @@ from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.config import DataConfig
 from ldm_scale.first_stage.base import FirstStage, FirstStageConfig
+from ldm_scale.first_stage.kl import AutoencoderKL, AutoencoderKLConfig, Rescale
 from ldm_scale.interop import bundle
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.model import LatentDiffusion, LatentDiffusionConfig
 from ldm_scale.training import checkpoint
 
+LATENTS = "latents"
+"""Key of a first stage's config.json: what its latents look like, and on how many images."""
+
 
 def first_stage(config: FirstStageConfig) -> FirstStage:
     """The trained, frozen first stage that `config.checkpoint` names: a weights directory, or the run that trained it.
 
-    raises  FileNotFoundError where there is none, ValueError where it is another network than `config` describes
+    raises  FileNotFoundError where there is none; ValueError where it is another network than `config` describes, or
+            first_stage.rescale=channels asks for statistics that are not there
     """
     where = first_stage_weights(config)
     network = config.build()
     if where is not None:
-        weights.load_exactly(network, weights.load(where).tensors, str(where))
+        held = weights.load(where)
+        weights.load_exactly(network, held.tensors, str(where))
+        if isinstance(network, AutoencoderKL) and network.config.rescale is Rescale.channels:
+            network.rescale_channels(torch.tensor(_latents(held.config, where)["channel_std"]))
     return network.requires_grad_(False).eval()
+
+
+def _latents(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    if LATENTS not in config:
+        raise ValueError(
+            f"first_stage.rescale=channels, but {where} does not say what its latents look like, as weights do that "
+            "train.py publishes: first_stage.rescale=all"
+        )
+    found: dict[str, Any] = config[LATENTS]
+    return found
+
+
+def stated_scale(config: FirstStageConfig) -> float | None:
+    """The latent scale that goes with the trained weights of a first stage; None where they do not say."""
+    if isinstance(config, AutoencoderKLConfig) and config.rescale is Rescale.channels:
+        return 1.0
+    where = first_stage_weights(config)
+    held = {} if where is None else storage.read_json(where / "config.json")
+    return 1 / float(held[LATENTS]["std"]) if LATENTS in held else None
+
+
+def described_first_stage(checkpoint: str) -> FirstStage:
+    """As `first_stage`, of the network that the weights directory itself describes."""
+    plain = storage.read_json(_weights_directory(checkpoint) / "config.json")[bundle.FIRST_STAGE]
+    return first_stage(replace(jobs_config.from_plain("first_stage", plain), checkpoint=checkpoint))
 
 
 def first_stage_weights(config: FirstStageConfig) -> Path | None:
@@ -35,18 +70,20 @@ def first_stage_weights(config: FirstStageConfig) -> Path | None:
 
     raises  FileNotFoundError where there is none
     """
-    if not config.has_weights:
-        return None
-    if config.checkpoint is None:
+    return _weights_directory(config.checkpoint) if config.has_weights else None
+
+
+def _weights_directory(checkpoint: str | None) -> Path:
+    if checkpoint is None:
         raise FileNotFoundError(
             "first_stage.checkpoint is not set: name a weights directory or the run directory of a trained first stage"
         )
-    given = Path(config.checkpoint)
+    given = Path(checkpoint)
     for directory in (given, RunDir(given).weights):
         if (directory / "config.json").exists() and (directory / "weights.safetensors").exists():
             return directory
     raise FileNotFoundError(
-        f"first_stage.checkpoint={config.checkpoint}: neither a weights directory nor a finished training run. "
+        f"first_stage.checkpoint={checkpoint}: neither a weights directory nor a finished training run. "
         "Train it (accelerate launch train.py +experiment=autoencoder_...), or fetch published weights"
     )
 
@@ -93,10 +130,8 @@ class ModelSource(ABC):
         """
 
 
-class TrainingRun(ModelSource):
-    """A checkpoint of a training run."""
-
-    size: int
+class RunWeights:
+    """One set of weights of one checkpoint of a training run, of a first or second stage."""
 
     def __init__(self, run_dir: RunDir, *, name: str, which: str) -> None:
         """Find checkpoint `name` (or `latest`) of a run, with weights `which` (`raw`, `ema`, `ema/H`).
@@ -105,26 +140,69 @@ class TrainingRun(ModelSource):
         """
         if not run_dir.config.exists():
             raise FileNotFoundError(f"run_dir={run_dir.path} is not a training run: it has no {run_dir.config.name}")
-        job = storage.read_json(run_dir.config)
-        if job["unet"] is None:
-            raise ValueError(f"run_dir={run_dir.path} trained a first stage; images are drawn from a second stage")
-        half_lives = job["ema_half_lives"]
+        self.job: dict[str, Any] = storage.read_json(run_dir.config)
+        """The configuration of the run, as JSON values."""
+        half_lives = self.job["ema_half_lives"]
         self._which = which
         self._kind = "weight" if which == "raw" else f"ema/{half_lives[0]}" if which == "ema" else which
         if self._kind != "weight" and int(self._kind.removeprefix("ema/")) not in half_lives:
             raise ValueError(f"weights={which!r}; this run averaged with half-lives {half_lives}")
+        self.checkpoint = checkpoint.find(run_dir.checkpoints, name)
+
+    @property
+    def trained_first_stage(self) -> bool:
+        """True where the run trained an autoencoder."""
+        return self.job["unet"] is None
+
+    @property
+    def data(self) -> DataConfig:
+        """What the run was trained on."""
+        found: DataConfig = jobs_config.from_plain("data", self.job["data"])
+        return found
+
+    @property
+    def described(self) -> str:
+        """Which weights these are, in words."""
+        return f"{self._which} at {checkpoint.images_of(self.checkpoint):,} images"
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The state of the checkpoint, and whole tensors by name."""
+        return checkpoint.read_consolidated(self.checkpoint, self._kind)
+
+    def first_stage(self) -> FirstStage:
+        """The autoencoder that the run trained, frozen, on the CPU."""
+        assert self.trained_first_stage, "asked only of a first stage's run"
+        network: FirstStage = jobs_config.from_plain("first_stage", self.job["first_stage"]).build()
+        weights.load_exactly(network, self.read()[1], str(self.checkpoint))
+        return network.requires_grad_(False).eval()
+
+
+class TrainingRun(ModelSource):
+    """A checkpoint of a training run of a second stage."""
+
+    size: int
+
+    def __init__(self, run_dir: RunDir, *, name: str, which: str) -> None:
+        """Find it; see `RunWeights`.
+
+        raises  as `RunWeights`; ValueError where the run trained a first stage
+        """
+        self._weights = RunWeights(run_dir, name=name, which=which)
+        if self._weights.trained_first_stage:
+            raise ValueError(f"run_dir={run_dir.path} trained a first stage; images are drawn from a second stage")
+        job = self._weights.job
         self.config = LatentDiffusionConfig(
             unet=jobs_config.from_plain("unet", job["unet"]),
             conditioning=jobs_config.from_plain("conditioning", job["conditioning"]) if job["conditioning"] else None,
             diffusion=jobs_config.from_plain("diffusion", job["diffusion"]),
         )
         self.first_stage = jobs_config.from_plain("first_stage", job["first_stage"])
-        self.data: DataConfig = jobs_config.from_plain("data", job["data"])
+        self.data = self._weights.data
         self.size = self.data.transform.size
-        self.checkpoint = checkpoint.find(run_dir.checkpoints, name)
+        self.checkpoint = self._weights.checkpoint
 
     def load(self, device: torch.device) -> TrainedModel:
-        state, tensors = checkpoint.read_consolidated(self.checkpoint, self._kind)
+        state, tensors = self._weights.read()
         model = self.config.build_trained()
         weights.load_exactly(model, tensors, str(self.checkpoint))
         if (encoder := text_encoder(self.config.conditioning)) is not None:
@@ -136,7 +214,7 @@ class TrainingRun(ModelSource):
             model=model.requires_grad_(False).eval().to(device),
             first_stage=trained_on.to(device),
             latent_scale=state["latent_scale"],
-            described=f"{self._which} at {state['images_seen']:,} images",
+            described=self._weights.described,
         )
 
     def _require_trained_on(

@@ -6,7 +6,8 @@ on neither world nor time. Images are read, made and looked at batch by batch; n
 Shape letters: N images in all, B images at once, C channels, H W height and width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ldm_scale.core import runtime
 from ldm_scale.core.shares import add_up, ranges, shared
 from ldm_scale.core.tensors import to_uint8
+from ldm_scale.data.cache import LatentStatistics
 from ldm_scale.data.config import DataConfig
 from ldm_scale.data.order import Order
 from ldm_scale.data.sources import ImageBatch, ImageSource
@@ -24,9 +26,12 @@ from ldm_scale.evaluation.alignment import caption_accuracy
 from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing
 from ldm_scale.evaluation.reconstruction import psnr, ssim
 from ldm_scale.evaluation.statistics import Collector, Statistics, compare, load_reference
-from ldm_scale.first_stage.base import FirstStage
+from ldm_scale.first_stage.base import FirstStage, Rebuilt
+from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network
+from ldm_scale.first_stage.vq import AutoencoderVQConfig, perplexity, usage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.generate import Generator
+from ldm_scale.tracking.grid import labelled_grid
 
 Between = Callable[[], None]
 """Called between batches of something that takes long, by all ranks together; what it raises ends the rest."""
@@ -54,7 +59,7 @@ class HeldOutImages:
         )
         return cls(source, min(count, shards.n), shards.content_id)
 
-    def read(self, indices: range) -> ImageBatch:
+    def read(self, indices: Sequence[int]) -> ImageBatch:
         """Images in [-1, 1], on the CPU, with their captions."""
         return self._source.read(np.array(indices))
 
@@ -157,8 +162,23 @@ class _Look:
 _ACCURACIES = ("caption_accuracy", "colour_accuracy", "shape_accuracy", "position_accuracy")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reconstructions:
+    """How faithfully a first stage gave images back.
+
+    scores  over all images, by the names that they are logged by
+    psnr_N  decibels of each image, in the order of the held-out set
+    """
+
+    scores: dict[str, float]
+    psnr_N: Tensor
+
+
 class ReconstructionScores:
-    """Fidelity of encoding and decoding held-out images with the mean of the posterior."""
+    """Fidelity of encoding and decoding held-out images with the mean of the posterior.
+
+    LPIPS is measured where the features are Inception's: both need published weights.
+    """
 
     def __init__(
         self,
@@ -167,28 +187,41 @@ class ReconstructionScores:
         held_out: HeldOutImages,
         device: torch.device,
     ) -> None:
-        self._config, self._held_out = config, held_out
+        self._config, self._held_out, self._device = config, held_out, device
         self._features = features_of(config, paths).to(device)
+        is_random = config.features is jobs_config.Features.random
+        perceptual = AutoencoderLossConfig(perceptual=PerceptualKind.none if is_random else PerceptualKind.lpips)
+        lpips = perceptual_network(perceptual, paths.weights)
+        self._measures: dict[str, Perceptual] = {"psnr": psnr, "ssim": ssim}
+        if lpips is not None:
+            self._measures["lpips"] = lpips.to(device)
 
     @torch.no_grad()
-    def __call__(self, first_stage: FirstStage, between: Between = lambda: None) -> dict[str, float]:
-        """PSNR in decibels, SSIM, and the Frechet distance of reconstructions to their originals. Collective."""
+    def __call__(self, first_stage: FirstStage, between: Between = lambda: None) -> Reconstructions:
+        """PSNR in decibels, SSIM, LPIPS, distance of reconstructions to originals, use of a codebook. Collective."""
         count = self._held_out.count
         originals, copies = (Collector(self._features, count, self._config.scores) for _ in range(2))
-        fidelity = torch.zeros(2, dtype=torch.float64)
+        fidelity = {name: torch.zeros(count, dtype=torch.float64) for name in self._measures}
+        config = first_stage.config
+        taken_K = torch.zeros(config.codebook_size if isinstance(config, AutoencoderVQConfig) else 0)
         for indices, batch, counts in self._held_out.shared(self._config.batch):
             between()
             if not counts:
                 continue
-            rebuilt_BCHW = reconstruct(first_stage, batch.images)
-            originals.add(indices.start, batch.images)
-            copies.add(indices.start, rebuilt_BCHW)
-            found = [measure(rebuilt_BCHW, batch.images).double().sum() for measure in (psnr, ssim)]
-            fidelity += torch.stack(found)
-        add_up(fidelity)
-        distances = compare(copies.finish(), originals.finish(), self._config.scores, self._features.name)
-        named = {**dict(zip(("psnr", "ssim"), (fidelity / count).tolist(), strict=True)), **distances}
-        return {f"eval/{name}": value for name, value in named.items()}
+            images_BCHW = batch.images.to(self._device)
+            rebuilt = reconstruct(first_stage, images_BCHW)
+            originals.add(indices.start, images_BCHW)
+            copies.add(indices.start, rebuilt.images)
+            for name, measure in self._measures.items():
+                fidelity[name][indices.start : indices.stop] = measure(rebuilt.images, images_BCHW).cpu()
+            if rebuilt.codes is not None:
+                taken_K += rebuilt.codes.indices.flatten().bincount(minlength=len(taken_K)).cpu()
+        add_up(taken_K, *fidelity.values())
+        found = {name: float(values_N.mean()) for name, values_N in fidelity.items()}
+        found |= compare(copies.finish(), originals.finish(), self._config.scores, self._features.name)
+        if len(taken_K):
+            found |= {"codebook_usage": float(usage(taken_K)), "codebook_perplexity": float(perplexity(taken_K))}
+        return Reconstructions(scores={f"eval/{name}": value for name, value in found.items()}, psnr_N=fidelity["psnr"])
 
     def conditions(self) -> dict[str, Any]:
         """What a score depends on besides the weights."""
@@ -203,10 +236,37 @@ def paused(parts: Iterator[Tensor], between: Between) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def reconstruct(first_stage: FirstStage, images_BCHW: Tensor) -> Tensor:
-    """Images encoded to the mean of their posterior and decoded, clamped to [-1, 1], on the CPU."""
-    device = next(first_stage.parameters()).device
-    return first_stage.decode(first_stage.encode(images_BCHW.to(device)).mean).clamp(-1, 1).cpu()
+def reconstruct(first_stage: FirstStage, images_BCHW: Tensor) -> Rebuilt:
+    """Images encoded to the mean of their posterior and decoded, clamped to [-1, 1], all on one device."""
+    rebuilt = first_stage(images_BCHW, images_BCHW.new_zeros(()))
+    return replace(rebuilt, images=rebuilt.images.clamp(-1, 1))
+
+
+@torch.no_grad()
+def latent_statistics(first_stage: FirstStage, held_out: HeldOutImages, batch: int) -> LatentStatistics:
+    """Mean and standard deviation of the latents of all held-out images, `batch` at once, on the device of the job."""
+    statistics: LatentStatistics | None = None
+    for indices in ranges(held_out.count, batch):
+        moments = first_stage.encode(held_out.read(indices).images.to(runtime.device()))
+        statistics = statistics or LatentStatistics(str(moments.kind), first_stage.latent_channels)
+        statistics.add(moments.pack().cpu().numpy())
+    assert statistics is not None, "a set of images is not empty"
+    return statistics
+
+
+def reconstruction_grid(
+    first_stage: FirstStage, images_BCHW: Tensor, labels: Sequence[str], *, columns: int, title: str
+) -> np.ndarray:
+    """Rows of originals, each above the row of their reconstructions, which bear the labels; as `labelled_grid`."""
+    images_BCHW = images_BCHW.to(runtime.device())
+    rebuilt_BCHW = reconstruct(first_stage, images_BCHW).images
+    rows, texts = list[Tensor](), list[str]()
+    for row in ranges(len(labels), columns):
+        part = slice(row.start, row.stop)
+        rows += [images_BCHW[part], rebuilt_BCHW[part]]
+        texts += [*["original"] * len(row), *labels[part]]
+    pictures = to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu().numpy()
+    return labelled_grid(pictures, texts, columns=columns, title=title)
 
 
 def features_of(config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig) -> Features:

@@ -26,7 +26,15 @@ from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.precompute import identity
-from ldm_scale.jobs.scores import Between, GenerationScores, HeldOutImages, ReconstructionScores, paused, reconstruct
+from ldm_scale.jobs.scores import (
+    Between,
+    GenerationScores,
+    HeldOutImages,
+    ReconstructionScores,
+    latent_statistics,
+    paused,
+    reconstruction_grid,
+)
 from ldm_scale.latent_diffusion.generate import Generator
 from ldm_scale.latent_diffusion.model import LatentDiffusion
 from ldm_scale.samplers.base import Frame
@@ -143,18 +151,16 @@ class AutoencoderStage(Stage):
         )
 
     def evaluate(self, between: Between) -> dict[str, float]:
-        return self._scores(self.module, between)
+        return self._scores(self.module, between).scores
 
     def conditions(self) -> dict[str, Any]:
         return self._scores.conditions()
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Originals above their reconstructions."""
-        shown = range(min(self._job.evaluation.grid // 2, self._held_out.count))
-        images_BCHW = self._held_out.read(shown).images
-        pair = to_uint8(torch.cat((images_BCHW, reconstruct(self.module, images_BCHW)))).permute(0, 2, 3, 1).numpy()
-        labels = ["original"] * len(images_BCHW) + ["reconstruction"] * len(images_BCHW)
-        grid = labelled_grid(pair, labels, columns=len(images_BCHW), title=f"after {images_seen:,} images")
+        images_BCHW = self._held_out.read(range(min(self._job.evaluation.grid // 2, self._held_out.count))).images
+        labels, title = ["reconstruction"] * len(images_BCHW), f"after {images_seen:,} images"
+        grid = reconstruction_grid(self.module, images_BCHW, labels, columns=len(images_BCHW), title=title)
         tracker.images(images_seen, "samples/reconstructions", grid, "held-out images above their reconstructions")
 
     def baseline(self) -> dict[str, float]:
@@ -168,7 +174,15 @@ class AutoencoderStage(Stage):
         return training_flops(lambda: network(images, noise), images=1)
 
     def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
-        weights.save(run_dir.weights, {"first_stage": jobs_config.to_plain(self._job.first_stage)}, tensors)
+        network = self._job.first_stage.build()
+        weights.load_exactly(network, tensors, str(run_dir.weights))
+        found = latent_statistics(network.to(runtime.device()).eval(), self._held_out, self._job.evaluation.batch)
+        latents = {
+            "images": self._held_out.count, "data": self._held_out.digest, "mean": found.mean, "std": found.std,
+            "channel_mean": found.channel_mean, "channel_std": found.channel_std,
+        }  # fmt: skip
+        plain = jobs_config.to_plain(self._job.first_stage)
+        weights.save(run_dir.weights, {"first_stage": plain, loading.LATENTS: latents}, tensors)
 
 
 class DiffusionStage(Stage):
@@ -201,7 +215,7 @@ class DiffusionStage(Stage):
             self._moments = encoded = EncodedMoments(self._first_stage)
             self.source = images = job.data.image_source(shards, job.seed, prepare, on_bad)
             std = self._std_of_first_batch(encoded, images, device)
-        self._latent_scale = scale_of_latents(job.first_stage.scale, std)
+        self._latent_scale = scale_of_latents(job.first_stage.scale or loading.stated_scale(job.first_stage), std)
         transform = jobs_config.to_plain(job.data.transform)
         self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, transform, device)
         self._validation = self._encode_held_out(device)
@@ -354,15 +368,15 @@ def open_images(data: DataConfig) -> dict[str, ShardSet]:
 def scale_of_latents(configured: float | None, std: float) -> float:
     """What latents of this standard deviation are multiplied by.
 
-    configured  the first stage's own scale; None for 1 / std
+    configured  the configured scale, or that of the weights; None for 1 / std
     raises      ValueError where it leaves latents far from unit variance
     """
     scale = configured or 1 / std
     if not 0.5 < scale * std < 2:
         raise ValueError(
-            f"first_stage.scale={scale:g} makes latents of standard deviation {scale * std:.3g}, since theirs is "
-            f"{std:.4g}; between 0.5 and 2 is right. Another first stage's scale? first_stage.scale=null takes "
-            f"1 / {std:.4g}"
+            f"a latent scale of {scale:g} (first_stage.scale, or if that is null what the weights say) makes latents "
+            f"of standard deviation {scale * std:.3g}, since theirs is {std:.4g}; between 0.5 and 2 is right. "
+            f"Another first stage's scale? first_stage.scale={1 / std:.4g} fits"
         )
     return scale
 

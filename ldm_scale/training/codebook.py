@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ldm_scale.core import rng
+from ldm_scale.core.shares import add_up
 from ldm_scale.first_stage.base import Rebuilt
 from ldm_scale.first_stage.vq import perplexity, usage
 from ldm_scale.training.ema import EMA
@@ -105,6 +105,5 @@ class CodebookWatch:
 def _over_ranks(values: Tensor) -> Tensor:
     """The sum over all ranks, in a new tensor. Collective."""
     total = values.clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    add_up(total)
     return total

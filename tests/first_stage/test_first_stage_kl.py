@@ -85,6 +85,22 @@ def test_forward_decodes_what_the_noise_draws():
     assert not torch.equal(out, model(images, -noise).images)
 
 
+@torch.no_grad()
+def test_rescaled_channels_are_other_latents_of_the_same_images():
+    model = toy()
+    randomise(model, 5)
+    images, std = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([0.5, 1.0, 3.0, 8.0])
+    before, noise = model.encode(images), torch.randn(2, 4, 4, 4)
+    out = model(images, noise).images
+    model.rescale_channels(std)
+    after, by = model.encode(images), std[:, None, None]
+    assert before.logvar is not None
+    assert after.logvar is not None
+    torch.testing.assert_close(after.mean, before.mean / by)
+    torch.testing.assert_close(after.logvar.exp(), before.logvar.exp() / by**2)
+    torch.testing.assert_close(model(images, noise).images, out, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_reach_every_parameter():
     model = toy()
     randomise(model, 3)

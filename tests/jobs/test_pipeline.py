@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs.summary import closing
-from ldm_scale.training.checkpoint import find, read_consolidated
+from ldm_scale.training.checkpoint import find, read_consolidated, read_state
 
 NAMES = (  # design.md section 7
     {"train/loss", "train/lr", "train/grad_norm", "train/images_seen"}
@@ -150,6 +150,12 @@ def test_samples_have_one_seed_each_and_a_labelled_grid(world: Any, undisturbed:
     assert Image.open(tmp_path / "together" / "grid.png").width > 64
     said = Image.open(tmp_path / "together" / "00003.png").info
     assert (said["index"], json.loads(said["sampler"])["steps"]) == ("3", 2)  # the run's own sampler
+
+
+@pytest.mark.slow
+def test_the_latent_scale_is_what_the_first_stage_left_beside_its_weights(world: Any, undisturbed: RunDir) -> None:
+    latents = storage.read_json(world.path / "runs/autoencoder_kl_f4/toy/weights/config.json")["latents"]
+    assert read_state(find(undisturbed.checkpoints))["latent_scale"] == 1 / latents["std"]
 
 
 @pytest.mark.slow
