@@ -15,7 +15,7 @@ from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 
-LENGTH = ("total_images=1600", "every.save=80")
+LENGTH = ("total_images=640", "every.save=80")
 TRAIN_ENDS_S = 60.0  # after it lost a host
 
 
@@ -84,17 +84,17 @@ def training(toy: Toy, hosts: HostPair, run: Path) -> Job:
 def test_a_training_loses_a_host_then_a_cable_for_moments(toy: Toy, hosts: HostPair, tmp_path: Path) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     job = training(toy, hosts, run)
-    assert job.reaches(240, run), job.said(0)
+    assert job.reaches(160, run), job.said(0)
     hosts.kill(1)
     assert job.ended(TRAIN_ENDS_S) == [1, -9]
     status = storage.read_json(RunDir(run).status)
     assert status["state"] == "failed" and "rank 1 on host1 was lost" in status["reason"]
 
     job = training(toy, hosts, run)
-    assert job.reaches(800, run), job.said(0)
+    assert job.reaches(320, run), job.said(0)
     hosts.cable(plugged=False)
     time.sleep(3)
-    assert len(curve(run)) < 200
+    assert len(curve(run)) < 80
     hosts.cable(plugged=True)
     assert job.ended() == [0, 0], job.said(0)
 
@@ -109,7 +109,7 @@ def test_a_training_loses_a_host_then_a_cable_for_moments(toy: Toy, hosts: HostP
 def test_a_cable_pulled_for_good_ends_both_hosts(toy: Toy, hosts: HostPair, tmp_path: Path) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     job = training(toy, hosts, run)
-    assert job.reaches(240, run), job.said(0)
+    assert job.reaches(160, run), job.said(0)
     hosts.cable(plugged=False)
     assert job.ended(TRAIN_ENDS_S) == [1, 1]
     hosts.cable(plugged=True)
