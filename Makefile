@@ -34,7 +34,7 @@ OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditio
 
 .DEFAULT_GOAL := help
 .PHONY: help setup system-packages wheelhouse prebuild-ops img2dataset demo demo-openmoji compression-sweep test test-fast \
-	test-faults lint types bench model-table toy plan precompute-latents train status sample evaluate report clean
+	test-faults lint types bench model-table toy plan precompute-latents train status sample evaluate report relay clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -151,6 +151,9 @@ evaluate: setup ## Score a trained run: RUN= ARGS=
 report: setup ## Write report.html again: RUN=
 	python -c 'import pathlib, sys; from ldm_scale.core.run_dir import RunDir; from ldm_scale.tracking.report import write_report; \
 	print(write_report(RunDir(pathlib.Path(sys.argv[1]))))' $(RUN)
+
+relay: setup ## On a machine with internet: follow a run without it into W&B, live or afterwards: RUN= ARGS=--once
+	@python -m ldm_scale.jobs.relay $(RUN) $(ARGS)
 
 clean: ## Remove what runs and demos wrote (data, runs), not .venv
 	rm -rf runs data outputs multirun

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.tracking.alerts import AlertCommand, alert_of
-from ldm_scale.tracking.weights_and_biases import Wandb
+from ldm_scale.tracking.weights_and_biases import Place, Wandb
 
 CAPTION_KEY = "caption"  # PNG text chunk that holds a picture's caption
 
@@ -189,15 +189,8 @@ class TrackerConfig:
         files = self.files(run_dir)
         if not self.wandb:
             return files
-        view = Wandb(
-            run_dir,
-            project=self.project,
-            entity=self.entity,
-            group=self.group,
-            tags=self.tags,
-            offline=self.mode is WandbMode.offline,
-        )
-        return Several([files, view])
+        place = Place(project=self.project, entity=self.entity, group=self.group, tags=self.tags)
+        return Several([files, Wandb(run_dir, place, offline=self.mode is WandbMode.offline)])
 
 
 def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:

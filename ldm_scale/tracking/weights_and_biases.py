@@ -19,6 +19,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -28,7 +29,7 @@ import numpy as np
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.core.runtime import PREEMPTED_EXIT_CODE
-from ldm_scale.tracking.alerts import QUIET_S, alert_of
+from ldm_scale.tracking.alerts import QUIET_S, Alert, alert_of
 
 if TYPE_CHECKING:
     import wandb
@@ -38,27 +39,63 @@ _CONNECT_S = 4.0  # a server that has not accepted a connection by then counts a
 _INIT_S = 8.0  # and one that accepted but has not answered by then too; together under 15 s
 _TITLE = 63  # characters of an alert's title that W&B takes
 _FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
-_EXIT_CODES: dict[State, int] = {
-    "finished": 0, "stopped": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1, "running": 1,
+EXIT_CODES: dict[State, int] = {
+    "finished": 0, "stopped": 0, "running": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1,
 }  # fmt: skip
+"""What W&B is told at the end of a process that feeds it, while the training stands so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where on W&B a training is shown."""
+
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    tags: Sequence[str] = ()
+
+    def open(
+        self, run_dir: RunDir, mode: Literal["online", "offline"], config: dict[str, Any], *, folder: Path
+    ) -> "wandb.Run":
+        """The W&B run of a training, begun or gone on with; its files lie in `folder`/wandb.
+
+        raises  what wandb raises, where the server does not answer within seconds
+        """
+        import wandb
+
+        settings = wandb.Settings(
+            mode=mode,
+            init_timeout=_INIT_S,
+            finish_timeout=_FINISH_S,
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            disable_job_creation=True,
+        )
+        run = wandb.init(
+            id=run_id(run_dir),
+            name=shown_name(run_dir),
+            resume="allow",
+            reinit="create_new",
+            dir=folder,
+            config=config,
+            settings=settings,
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            tags=list(self.tags),
+        )
+        run.define_metric("train/images_seen", hidden=True)
+        run.define_metric("*", step_metric="train/images_seen")
+        return run
 
 
 class Wandb:
     """Feeds one W&B run. A failure of W&B is a warning, after which this training goes on without it."""
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        *,
-        project: str,
-        entity: str | None = None,
-        group: str | None = None,
-        tags: Sequence[str] = (),
-        offline: bool = False,
-    ) -> None:
-        self._run_dir = run_dir
-        self._project, self._entity, self._group, self._tags = project, entity, group, list(tags)
-        self._offline = offline
+    def __init__(self, run_dir: RunDir, place: Place, *, offline: bool = False) -> None:
+        self._run_dir, self._place, self._offline = run_dir, place, offline
         self._run: wandb.Run | None = None
         self._sent = _Sent(run_dir.wandb / "sent.json")
 
@@ -74,26 +111,25 @@ class Wandb:
         self._send(images_seen, dict(values))
 
     def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
-        """Show a picture; names without a folder go under `samples/`."""
+        """Show a picture."""
         import wandb
 
-        shown = name if "/" in name else f"samples/{name}"
+        shown = shown_picture(name)
         self._try(lambda: self._send(images_seen, {shown: wandb.Image(grid, caption=caption, file_type="png")}))
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
         """Mark the moment; events.jsonl has the fields. An alert is sent too, where the run is online."""
         self._send(images_seen, {f"events/{kind}": 1})
         run, alert = self._run, alert_of(kind, fields)
-        if run is not None and alert is not None and not run.offline:
-            title = f"{kind}: {shown_name(self._run_dir)}"[:_TITLE]
-            self._try(lambda: run.alert(title, alert.text, alert.level.upper(), wait_duration=QUIET_S))
+        if run is not None and alert is not None:
+            self._try(lambda: send_alert(run, self._run_dir, alert))
 
     def finish(self, state: State) -> None:
         def close() -> None:
             if self._run is not None:
                 if state == "preempted":
                     self._run.mark_preempting()
-                self._run.finish(exit_code=_EXIT_CODES[state])
+                self._run.finish(exit_code=EXIT_CODES[state])
 
         self._try(close)
         self._run = None
@@ -107,43 +143,17 @@ class Wandb:
         self._run_dir.wandb.mkdir(parents=True, exist_ok=True)
         online = not self._offline and may_go_online(settings)
         try:
-            self._run = self._init("online" if online else "offline", config)
+            self._run = self._begin("online" if online else "offline", config)
         except Exception as error:
             if not online:
                 raise
             _LOG.warning("W&B did not answer (%s); this run is recorded offline", error)
             wandb.teardown()  # its service still holds the run id
-            self._run = self._init("offline", config)
-        self._run.define_metric("train/images_seen", hidden=True)
-        self._run.define_metric("*", step_metric="train/images_seen")
+            self._run = self._begin("offline", config)
         _LOG.info("W&B: %s", f"offline in {self._run_dir.wandb}" if self._run.offline else self._run.url)
 
-    def _init(self, mode: Literal["online", "offline"], config: dict[str, Any]) -> "wandb.Run":
-        import wandb
-
-        settings = wandb.Settings(
-            mode=mode,
-            init_timeout=_INIT_S,
-            finish_timeout=_FINISH_S,
-            console="off",
-            silent=True,
-            save_code=False,
-            disable_git=True,
-            disable_job_creation=True,
-        )
-        return wandb.init(
-            id=run_id(self._run_dir),
-            name=shown_name(self._run_dir),
-            resume="allow",
-            reinit="create_new",
-            dir=self._run_dir.path,
-            config=config,
-            settings=settings,
-            project=self._project,
-            entity=self._entity,
-            group=self._group,
-            tags=self._tags,
-        )
+    def _begin(self, mode: Literal["online", "offline"], config: dict[str, Any]) -> "wandb.Run":
+        return self._place.open(self._run_dir, mode, config, folder=self._run_dir.path)
 
     def _send(self, images_seen: int, values: dict[str, Any]) -> None:
         if self._run is None:
@@ -187,6 +197,18 @@ class _Sent:
         temporary.write_text(json.dumps({"rows": self._rows, "images_seen": self._high_water}))
         os.replace(temporary, self._path)
         return row
+
+
+def shown_picture(name: str) -> str:
+    """What W&B calls a picture: names without a folder go under `samples/`."""
+    return name if "/" in name else f"samples/{name}"
+
+
+def send_alert(run: "wandb.Run", run_dir: RunDir, alert: Alert) -> None:
+    """Where the run is online: an alert that is uploaded days later is none."""
+    if not run.offline:
+        title = f"{alert.kind}: {shown_name(run_dir)}"[:_TITLE]
+        run.alert(title, alert.text, alert.level.upper(), wait_duration=QUIET_S)
 
 
 def shown_name(run_dir: RunDir) -> str:

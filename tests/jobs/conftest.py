@@ -22,12 +22,13 @@ TINY_TEXT = ["conditioning.width=16", "conditioning.layers=1", "conditioning.hea
 QUICK = ["evaluation.images=8", "evaluation.batch=8", "evaluation.grid=4", "sampler.steps=2"]
 
 
-def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start a doorway of the project as a user would, in another directory's `runs`."""
+def start(*command: str, cwd: Path, **changes: str) -> subprocess.Popen[str]:
+    """Start a doorway of the project as a user would, in another directory's `runs`; `changes` of its environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     environment = {
         **kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "PATH": path,
+        **changes,
     }  # fmt: skip
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -65,9 +66,9 @@ class World:
             "every.sample=96", "ema_half_lives=[32]", "optimizer.warmup_images=16", *overrides,
         )  # fmt: skip
 
-    def run(self, command: list[str], expect: int = 0) -> str:
+    def run(self, command: list[str], expect: int = 0, **changes: str) -> str:
         """Run to the end; returns what was printed."""
-        process = start(*command, cwd=self.path)
+        process = start(*command, cwd=self.path, **changes)
         out, _ = process.communicate(timeout=300)
         assert process.returncode == expect, f"exit {process.returncode}\n{out}"
         return out

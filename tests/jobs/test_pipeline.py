@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_a_finished_run_is_left_alone_and_a_changed_one_is_refused(world: Any, u
     assert "name=ANOTHER_NAME" in said
     said = world.run(world.tiny_training("name=undisturbed", "optimizer.learning_rate=1e-5"), expect=2)
     assert "amend=true" in said
+
+
+def assembled_s(run_dir: RunDir) -> float:
+    """Seconds of the phase of starting that has W&B in it."""
+    return next(event["assembly"] for event in run_dir.read_lines(run_dir.events) if event["event"] == "startup")
+
+
+@pytest.mark.slow
+def test_with_a_key_and_no_network_training_starts_within_15_s_and_is_recorded_offline(world: Any) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        where = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        out = world.run(
+            world.autoencoder("name=keyed"), WANDB_MODE="online", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=where
+        )
+    run_dir = RunDir(world.path / "runs" / "autoencoder_kl_f4" / "keyed")
+    assert "is unreachable; this run is recorded offline" in out
+    assert assembled_s(run_dir) < 15 + assembled_s(RunDir(run_dir.path.with_name("toy")))  # which had no key to try
+    assert [images for images, _ in curve(run_dir, "train/loss")] == [64]
+    (folder,) = run_dir.wandb.glob("offline-run-*")
+    assert f"wandb sync runs/autoencoder_kl_f4/keyed/wandb/{folder.name}" in out
 
 
 @pytest.mark.slow

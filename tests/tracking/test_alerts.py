@@ -11,7 +11,7 @@ import pytest
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking.alerts import AlertCommand, alert_of
 from ldm_scale.tracking.tracker import JsonLines
-from ldm_scale.tracking.weights_and_biases import Wandb
+from ldm_scale.tracking.weights_and_biases import Place, Wandb
 
 TROUBLE = {"start": 640, "why": "the loss is nan", "loss": "nan", "samples": []}
 SLOW = {"rank": 3, "host": "node7", "own_ms": 340.0, "median_ms": 200.0, "share": 0.4}
@@ -96,7 +96,7 @@ class Online:
 def test_wandb_is_sent_alerts_only_where_it_is_online(offline: bool, tmp_path: Path) -> None:
     path = tmp_path / ("n" * 40) / ("m" * 40)
     (path / "wandb").mkdir(parents=True)
-    view, run = Wandb(RunDir(path), project="p"), Online(offline)
+    view, run = Wandb(RunDir(path), Place(project="p")), Online(offline)
     view._run = run  # type: ignore[assignment]
     view.event(8, "bad_sample", key="a")
     view.event(8, "save_failed", reason="quota")

@@ -1,0 +1,186 @@
+"""A relay that follows a training: both are killed, and one W&B run has everything once, in order."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from offline_wandb import parts, rows, train
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import relay
+from ldm_scale.jobs.relay import Row, rows_behind
+from ldm_scale.tracking.tracker import JsonLines
+
+PLACE = {"project": "trial", "entity": None, "group": "study", "tags": ["a"]}
+
+
+def step(tracker: JsonLines, seen: int) -> Iterator[None]:
+    """What a training writes at one log line; numbers are functions of images_seen."""
+    tracker.log(seen, {"train/loss": 1 / seen})
+    yield
+    if seen % 20 == 0:
+        tracker.log(seen, {"eval/fd": 100 / seen})
+        yield
+        tracker.images(seen, "grid", np.full((2, 2, 3), seen % 256, np.uint8), f"after {seen}")
+        yield
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_any_kills_of_either_side_give_every_row_once_and_whole(tmp_path_factory: Any, seed: int) -> None:
+    """What W&B has on disk, `kept`, lags behind what the relay sent it; a kill of the relay takes the difference."""
+    chance, run_dir = random.Random(seed), RunDir(tmp_path_factory.mktemp("run"))
+    kept: list[Row] = []
+    sent: list[Row] = []
+
+    def relayed(*, whole: bool = False) -> None:
+        sent.extend(rows_behind(run_dir, (kept + sent)[-1].images_seen if kept or sent else -1, whole=whole))
+        if chance.random() < 0.3:
+            kept.extend(sent)
+            sent.clear()
+        if chance.random() < 0.2:
+            sent.clear()  # killed
+
+    saved = 0
+    while saved < 200:
+        tracker = JsonLines(run_dir)
+        tracker.start({}, resume_at=saved)
+        tracker.event(saved, "resume" if saved else "start", damaged=[])
+        dies_at = saved + 10 * chance.randrange(1, 12)
+        for seen in range(saved + 10, min(dies_at, 200) + 1, 10):
+            for _ in step(tracker, seen):
+                if chance.random() < 0.4:
+                    relayed()
+            if chance.random() < 0.3 or seen == 200:
+                saved = seen
+    kept.extend(sent)
+    kept.extend(rows_behind(run_dir, kept[-1].images_seen if kept else -1, whole=True))
+    assert [row.images_seen for row in kept] == list(range(10, 201, 10))
+    for row in kept:
+        numbers = {name: value for name, value in row.values.items() if not name.startswith("events/")}
+        scored = row.images_seen % 20 == 0
+        assert numbers == {"train/loss": 1 / row.images_seen} | ({"eval/fd": 100 / row.images_seen} if scored else {})
+        assert list(row.pictures) == (["samples/grid"] if scored else [])
+    launches = len(run_dir.read_lines(run_dir.events))
+    assert kept[-1].values["events/start"] + kept[-1].values.get("events/resume", 0) == launches
+
+
+def test_events_stand_where_they_happened(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    tracker = JsonLines(run_dir)
+    for seen in (10, 20, 30):
+        tracker.event(seen, "straggler")
+        for _ in step(tracker, seen):
+            time.sleep(0.002)
+    tracker.event(30, "finished")
+    counted = [row.values for row in rows_behind(run_dir, -1, whole=True)]
+    assert [values["events/straggler"] for values in counted] == [1, 2, 3]
+    assert ["events/finished" in values for values in counted] == [False, False, True]
+
+
+@contextmanager
+def following(run: Path, environment: dict[str, str], *options: str) -> Iterator[Any]:
+    """A relay at work, and what it says so far."""
+    said = run / "relay.txt"
+    command = [sys.executable, "-m", "ldm_scale.jobs.relay", str(run), "--every", "0.1", *options]
+    with open(said, "w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
+        yield process, said.read_text
+
+
+def wait(condition: Callable[[], bool], said: Callable[[], str]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, said()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_three_fragments_become_one_run_while_the_relay_is_killed(tmp_path: Path, environment: dict[str, str]) -> None:
+    run = tmp_path / "txt2img" / "first"
+    environment |= {"WANDB_MODE": "offline", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.2"}
+    run_dir = RunDir(run)
+    storage.write_json(run_dir.config, {"tracker": PLACE, "seed": 7})
+    run_dir.write_status("running", images=0)
+    train(run, 0, 80, "kill", environment, "0")
+    with following(run, environment) as (process, said):
+        wait(lambda: "up to 70 images" in said(), said)
+        train(run, 50, 120, "kill", environment, "0")  # 60 to 80 come again
+        wait(lambda: "up to 110 images" in said(), said)
+        time.sleep(1)  # what was sent is on disk
+        process.kill()
+    with following(run, environment) as (process, said):
+        train(run, 100, 140, "kill", environment, "0")
+        wait(lambda: "up to 130 images" in said(), said)
+        process.kill()  # and this time it may be lost
+    assert len(parts(run)) == 3
+    run_dir.write_status("finished", images=140)
+    with following(run, environment) as (process, said):
+        assert process.wait(60) == 0, said()
+
+    assert len(parts(run / "relay")) == 3
+    held = rows(run / "relay")
+    seen = [row["train/images_seen"] for row in held]
+    assert seen == list(range(10, 141, 10)) == [row["_step"] for row in held]
+    truth = {line["images_seen"]: line for line in run_dir.read_lines(run_dir.metrics) if "train/loss" in line}
+    assert [row["train/loss"] for row in held] == [truth[images]["train/loss"] for images in seen]
+    shown = [row["train/images_seen"] for row in held if "samples/grid.path" in row or "samples/grid" in row]
+    assert shown == [row["train/images_seen"] for row in held if "eval/fd_random" in row] == list(range(20, 141, 20))
+    assert len({part.name.split("-")[-1] for part in parts(run) + parts(run / "relay")}) == 1  # one id
+
+
+def test_what_cannot_be_relayed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert relay.main([str(tmp_path)]) == 2
+    run_dir = RunDir(tmp_path)
+    storage.write_json(run_dir.config, {"tracker": PLACE})
+    run_dir.write_status("running", images=0)
+    with relay._alone(run_dir):
+        assert relay.main([str(tmp_path)]) == 2
+    (run_dir.wandb / "run-1-abc").mkdir(parents=True)
+    (run_dir.wandb / "latest-run").symlink_to("run-1-abc")
+    assert relay.main([str(tmp_path)]) == 2
+    (run_dir.wandb / "latest-run").unlink()
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert relay.main([str(tmp_path), "--once"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "is no run" in said
+        and "another relay follows" in said
+        and "feeds W&B by itself" in said
+        and "wandb login" in said
+    )
+
+
+def test_no_alert_is_forwarded_twice(tmp_path: Path) -> None:
+    run_dir, sent = RunDir(tmp_path), []
+
+    class Online:
+        offline = False
+
+        def alert(self, title: str, text: str, level: str, wait_duration: float) -> None:
+            sent.append((title.split(":")[0], text, level))
+
+    (tmp_path / "relay").mkdir()
+    for reason in ("quota", "disk"):
+        JsonLines(run_dir).event(8, "save_failed", reason=reason)
+        for _ in range(2):  # relays
+            one = object.__new__(relay.Relay)
+            one._run_dir, one._folder, one._run = run_dir, tmp_path / "relay", Online()
+            one._forward_alerts()
+    assert [text.split(": ")[1] for _, text, _ in sent] == ["quota", "disk"]
+    assert json.loads((tmp_path / "relay" / "alerts_sent").read_text()) == 2
