@@ -280,11 +280,11 @@ def publish(members: Sequence[Member], out: RunDir, tracker_config: TrackerConfi
     speed = "images per second, sampling and decoding"
     tracker.images(images, "compression/quality_by_throughput", _figure(members, _by_throughput, speed), caption)
     for member in members:
-        prefix = f"eval/f{member.factor}"
         for drawn in member.drawn:
+            prefix = f"eval/f{member.factor}/steps{drawn.steps}"
             values = {name.removeprefix("eval/"): value for name, value in drawn.scores.items()}
             values["images_per_s"] = drawn.images_per_s
-            tracker.log(images, {f"{prefix}/{drawn.steps} steps/{name}": value for name, value in values.items()})
+            tracker.log(images, {f"{prefix}/{name}": value for name, value in values.items()})
     for verdict in verdicts(members):
         tracker.event(images, "verdict", holds=verdict.holds, statement=verdict.statement)
     out.write_status("finished", images=images)

@@ -150,8 +150,8 @@ def test_pictures_and_figures_reach_the_run_directory_and_the_report(tmp_path: P
             assert "as in the paper" in picture.info["caption"]
         assert pixels.shape[1] == 1400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
     logged = {name: value for line in out.read_lines(out.metrics) for name, value in line.items()}
-    assert logged["eval/f4/10 steps/images_per_s"] == 4.0
-    assert logged["eval/f32/5 steps/fd_random"] == pytest.approx(0.4 * 1.2)
+    assert logged["eval/f4/steps10/images_per_s"] == 4.0
+    assert logged["eval/f32/steps5/fd_random"] == pytest.approx(0.4 * 1.2)
     assert len([line for line in out.read_lines(out.events) if line["event"] == "verdict"]) == 10
     report = html.unescape(out.report.read_text())
     assert "compression/quality_by_throughput" in report and "f=32 is behind f=4 at the end" in report
