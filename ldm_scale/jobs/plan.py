@@ -2,8 +2,9 @@
 
     python -m ldm_scale.jobs.plan +experiment=NAME [key=value ...] [--gpus N] [--machine h100|a100] [--json]
 
-Takes the overrides of train.py. Speeds rest on the model in jobs/speed.py, whose rates `--matmul-tflops` and
-`--bus-gbs` replace by measured ones; memory on jobs/footprint.py; the checks are those of jobs/preflight.py.
+Takes the overrides of train.py. Speeds rest on the model in jobs/speed.py, whose rates are assumed ones, or those that
+launchers/burn_in measured (`--rates`), or given by hand; memory on jobs/footprint.py; the checks are those of
+jobs/preflight.py.
 
 exits  0 the job could start, 1 it would fail, 2 it is no job
 """
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -278,10 +280,10 @@ def show(found: Plan, console: Console) -> None:
     console.print(_scale_table(found))
     knee = f"{found.knee} GPUs" if found.knee else "none of these"
     console.print(
-        f"  Model: products sustain {machine.matmul / 1e12:.0f} TFLOP/s of {machine.peak / 1e12:.0f}, collectives "
-        f"{machine.bus / 1e9:.0f} GB/s, kernels without arithmetic {machine.memory_bandwidth / 1e12:.1f} TB/s: replace "
-        "the first two by measured ones\n  (--matmul-tflops, --bus-gbs). Not in it: data, compilation, stragglers, "
-        "checkpoints; a first stage's perceptual and adversarial networks.\n"
+        f"  Model: products sustain {machine.matmul / 1e12:.3g} TFLOP/s of {machine.peak / 1e12:.3g}, collectives "
+        f"{machine.bus / 1e9:.3g} GB/s, kernels without arithmetic {machine.memory_bandwidth / 1e12:.2g} TB/s.\n"
+        f"  Rates: {machine.source}.\n"
+        "  Not in them: data, compilation, stragglers, checkpoints; a first stage's perceptual and adversarial nets.\n"
         f"  Knee: arithmetic is at least half of the step up to {knee}. Batches marked (nearest) ask for "
         "batch_fit=nearest.\n"
         f"  Checkpoint: {found.checkpoint_bytes / 1e9:,.1f} GB; at most {found.checkpoints} of them on disk.",
@@ -359,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="+", help="as for train.py: +experiment=NAME key=value ...")
     parser.add_argument("--gpus", type=int, default=8, help="that the memory and the checks are for (default: 8)")
     parser.add_argument("--machine", choices=speed.MACHINES, default="h100", help="rates and memory (default: h100)")
+    parser.add_argument("--rates", type=Path, help="rates.json of launchers/burn_in, in place of the assumed ones")
     parser.add_argument("--matmul-tflops", type=float, help="that products sustain in training, 1e12 a second")
     parser.add_argument("--bus-gbs", type=float, help="of a collective over all GPUs (NCCL's busbw), 1e9 bytes/s")
     parser.add_argument("--memory-gb", type=float, help="of a GPU, 1e9 bytes")
@@ -389,7 +392,12 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     for name, value in {**given, "--gpus": arguments.gpus}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value}; must be above 0")
-    machine = replace(speed.MACHINES[arguments.machine], **{key: value for key, value in given.items() if value})
+    machine = speed.MACHINES[arguments.machine]
+    if arguments.rates is not None:
+        machine = speed.measured(arguments.rates, machine)
+    by_hand: dict[str, Any] = {key: value for key, value in given.items() if value}
+    if by_hand:
+        machine = replace(machine, **by_hand, source=f"{', '.join(by_hand)} by hand; others {machine.source}")
     return plan(job, machine, world=arguments.gpus, images=arguments.images, price=arguments.price)
 
 

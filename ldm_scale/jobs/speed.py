@@ -16,8 +16,10 @@ What each engine sends, read in torch 2.15 and deepspeed 0.19.8; gradients trave
     zero3   at every micro batch weights gathered twice and gradients reduce-scattered, beside the passes
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
+from ldm_scale.core import storage
 from ldm_scale.training.engine import DTYPES, EngineKind, Precision
 
 WORLDS = (8, 16, 32, 64, 128, 256, 504, 512)
@@ -41,12 +43,33 @@ class Machine:
     """Bytes."""
     memory_bandwidth: float
     """Bytes per second that a kernel without arithmetic reaches."""
+    source: str = "assumed; launchers/burn_in measures them, --rates takes them"
+    """Where the rates come from."""
 
 
 MACHINES = {
     "h100": Machine(name="H100", peak=989e12, matmul=340e12, bus=250e9, memory=80_000_000_000, memory_bandwidth=2.5e12),
     "a100": Machine(name="A100", peak=312e12, matmul=150e12, bus=120e9, memory=80_000_000_000, memory_bandwidth=1.5e12),
 }
+
+
+def measured(file: Path, assumed: Machine) -> Machine:
+    """A machine with the rates that a burn-in wrote to `file`; what that could not measure stays as assumed.
+
+    raises  FileNotFoundError where it is not there, ValueError where it is no such file
+    """
+    found = storage.read_json(file)
+    known = {part.name for part in fields(Machine)} - {"source"}
+    if (
+        not isinstance(found, dict)
+        or not {"measured", "machine"} <= found.keys()
+        or not found["machine"].keys() <= known
+    ):
+        raise ValueError(f"--rates {file} is not what launchers/burn_in writes: give its rates.json")
+    rates = found["machine"]
+    left = sorted(known - rates.keys())
+    but = f"; {', '.join(left)} assumed, of {assumed.name}" if left else ""
+    return replace(assumed, **rates, source=f"measured by launchers/burn_in, {found['measured']} ({file}){but}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
