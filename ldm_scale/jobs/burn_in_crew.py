@@ -27,7 +27,7 @@ from ldm_scale.core import runtime
 LOST_S = 120.0
 """Seconds in which every worker must have ended by itself once one of them was killed."""
 _LOOK_S = 0.02
-_SPAWN = multiprocessing.get_context("forkserver")
+_SERVER = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,9 @@ class Crew:
         if self.rank < world:
             environment = {"RANK": str(self.rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
             environment |= {"LOCAL_RANK": str(self._local_rank), "MASTER_ADDR": os.environ["MASTER_ADDR"]}
-            process = start(function, *arguments, environment=environment, log=logs / f"{self.rank}.txt")
+            what = (function, arguments, environment, logs / f"{self.rank}.txt")
+            process = _SERVER.Process(target=_begin, args=what)
+            process.start()
             if harm is not None and self.rank == min(self.victim, world - 1):
                 harm(process)
                 self._store.set(killed, "yes")
@@ -128,31 +130,28 @@ def take_place_in_slurm_step() -> None:
 
 def import_for_workers(*modules: str) -> None:
     """Have the server of workers import these; before it is first asked for one. Not collective."""
-    _SPAWN.set_forkserver_preload(list(modules))
+    _SERVER.set_forkserver_preload(list(modules))
 
 
 def alone(processes: int, agent: Callable[..., None], *arguments: Any) -> int:
     """All agents on this host, where no launcher has started any; the highest of their exit statuses."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    agents = [start(agent, *arguments, environment=place | {"RANK": str(rank)}) for rank in range(processes)]
+    agents = [
+        multiprocessing.get_context("fork").Process(target=_begin, args=(agent, arguments, place | {"RANK": str(rank)}))
+        for rank in range(processes)
+    ]
+    for process in agents:
+        process.start()
     for process in agents:
         process.join()
     return max(abs(process.exitcode or 0) for process in agents)
 
 
-def start(
-    function: Callable[..., None], *arguments: Any, environment: dict[str, str], log: Path | None = None
-) -> BaseProcess:
-    """Start a process that ends when this one does. Not collective."""
-    process = _SPAWN.Process(target=_begin, args=(function, arguments, environment, log))
-    process.start()
-    return process
-
-
 def _begin(
-    function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], log: Path | None
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], log: Path | None = None
 ) -> None:
+    """What each process does first: it ends when its parent does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if log is not None:
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
