@@ -3,9 +3,9 @@
     python -m ldm_scale.jobs.replay RUN|CHECKPOINT [--steps K] [--band RELATIVE]
     accelerate launch ... -m ldm_scale.jobs.replay ...      where the run had several processes
 
-For upgrades, suspect nodes, moves and bug reports. On a CPU of the same kind, with the same engine, world, micro batch
-and threads, every loss and gradient norm must be equal bit for bit; anywhere else they must agree within a relative
-band, which is printed. Nothing is written into the run.
+For upgrades, suspect nodes, moves and bug reports. Of a run it takes the newest checkpoint that numbers follow. On a
+CPU of the same kind, with the same engine, world, micro batch and threads, every loss and gradient norm must be equal
+bit for bit; anywhere else they must agree within a relative band, which is printed. Nothing is written into the run.
 
 exits  0 the same, 1 the first difference, 2 cannot compare
 """
@@ -71,7 +71,7 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
     if launch["engine"]["device"].startswith("cpu"):
         torch.set_num_threads(launch["engine"]["threads"])
     job = jobs_config.job_from_plain("train", launch["config"])
-    lines = {line["images_seen"]: line for line in run_dir.read_lines(run_dir.metrics) if _COMPARED[0] in line}
+    lines = _logged(run_dir)
     _require_logged(sorted(lines), begin, job.global_batch, steps)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
     torch.manual_seed(job.seed)
@@ -121,6 +121,18 @@ def _steps(
                 return
 
 
+def _logged(run_dir: RunDir) -> dict[int, dict[str, Any]]:
+    """The lines that can be compared, by images seen."""
+    return {line["images_seen"]: line for line in run_dir.read_lines(run_dir.metrics) if _COMPARED[0] in line}
+
+
+def _newest_followed(run_dir: RunDir) -> str:
+    """The newest checkpoint that was trained on from; a run that ended well closes with one that nothing follows."""
+    end = max(_logged(run_dir), default=0)
+    complete = checkpoint.complete_ones(run_dir.checkpoints)
+    return next((path.name for path in complete if checkpoint.images_of(path) < end), "latest")
+
+
 def _require_logged(logged: Sequence[int], begin: int, global_batch: int, steps: int) -> None:
     later = [images for images in logged if images > begin]
     if not later:
@@ -134,14 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ldm_scale.jobs.replay", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, help="a training run (its newest sound checkpoint) or one of its checkpoints")
+    parser.add_argument("run", type=Path, help="a training run or one of its checkpoints")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
     parser.add_argument("--band", type=float, help="relative difference allowed; 0 asks for the same bits")
     arguments = parser.parse_args(argv)
     runtime.configure_logging()
     try:
         run_dir, name = locate(arguments.run)
-        where = checkpoint.find(run_dir.checkpoints, name)
+        where = checkpoint.find(run_dir.checkpoints, _newest_followed(run_dir) if name == "latest" else name)
         compared, band = replay(where, run_dir, arguments.steps, arguments.band)
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
