@@ -245,7 +245,8 @@ class TrainJob(Experiment):
             raise ValueError(
                 "first_stage=identity cannot be trained: it has no weights. Others can: +experiment=autoencoder_kl_f4"
             )
-        if self.trains_first_stage and self.autoencoder_loss.restart_codes and self.engine.kind.zero_stage:
+        restarts = self.autoencoder_loss.restart_codes and isinstance(self.first_stage, AutoencoderVQConfig)
+        if self.trains_first_stage and restarts and self.engine.kind.zero_stage:
             raise ValueError(
                 f"autoencoder_loss.restart_codes=true with engine.kind={self.engine.kind.value}, which cuts the "
                 "codebook up between ranks: choose engine=ddp, or restart_codes=false"
