@@ -51,7 +51,7 @@ SMALL = {  # what makes a job small, by the command it follows
     "ldm_scale.jobs.decoded": SMALL_MODEL,
     "sample.py": ["sampler.steps=2"],
 }
-HELP = ("ldm_scale.interop.compvis",)  # has tests of its own; wants files of the original
+HELP = ("launchers/burn_in", "ldm_scale.interop.compvis")  # have tests of their own
 READ = ("make", "scp")  # these tests run in what `make setup` made; another machine's answer
 OWN = ("data_tools.index",)  # starts processes that import its module again
 EXITS = {"ldm_scale.jobs.plan": 1, "seed=7": 2}  # where the page says so
@@ -86,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(pa.table({"key": keys, "short": ["a shape"] * len(keys)}), path / "captions.parquet")
     torch.manual_seed(0)
     job = config.compose("precompute_latents", ["+experiment=txt2img_laion_2k", "scale=toy", *SMALL_MODEL])
-    weights.save(path / "kl", {"first_stage": {}}, job.first_stage.build().state_dict())
+    weights.save(path / "kl" / "first_stage", {"first_stage": {}}, job.first_stage.build().state_dict())
     return path
 
 
