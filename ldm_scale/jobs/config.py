@@ -46,6 +46,7 @@ from ldm_scale.samplers.ddpm import DDPMConfig
 from ldm_scale.samplers.dpm_solver import DPMSolverConfig
 from ldm_scale.samplers.plms import PLMSConfig
 from ldm_scale.tracking.tracker import TrackerConfig
+from ldm_scale.training.ema import half_life_of
 from ldm_scale.training.engine import BatchFit, EngineConfig
 from ldm_scale.training.guards import GuardConfig
 from ldm_scale.training.optimizer import OptimizerConfig
@@ -105,6 +106,8 @@ class EvaluationConfig:
     """The network that looks at images."""
     scores: list[Score]
     """What generated and real images are compared by."""
+    weights: list[str]
+    """Which weights images are made with: `ema`, `ema/H`, `raw`. Each costs a score of its own."""
     reference: str | None
     """File of a reference set's statistics (`evaluate.py write_reference=FILE`); None takes the held-out images."""
     caption_accuracy: bool
@@ -116,6 +119,8 @@ class EvaluationConfig:
         for name in ("images", "batch", "grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}; at least 1")
+        if not self.weights:
+            raise ValueError("evaluation.weights=[]; give at least one of ema, ema/H, raw")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,6 +191,8 @@ class Experiment:
             raise ValueError(f"max_unsaved_minutes={self.max_unsaved_minutes}; at least 0")
         if not self.ema_half_lives or min(self.ema_half_lives) < 1:
             raise ValueError(f"ema_half_lives={self.ema_half_lives}; at least one, each at least 1 image")
+        for which in self.evaluation.weights:
+            half_life_of(which, self.ema_half_lives)
         if (self.unet is None) != (self.diffusion is None):
             raise ValueError("unet and diffusion go together: a second stage has both, a first stage neither")
         if self.unet is not None and self.unet.out_channels != self.first_stage.latent_channels:

@@ -19,6 +19,7 @@ from ldm_scale.interop import bundle
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.model import LatentDiffusion, LatentDiffusionConfig
 from ldm_scale.training import checkpoint
+from ldm_scale.training.ema import half_life_of
 
 LATENTS = "latents"
 """Key of a first stage's config.json: what its latents look like, and on how many images."""
@@ -144,9 +145,8 @@ class RunWeights:
         """The configuration of the run, as JSON values."""
         half_lives = self.job["ema_half_lives"]
         self._which = which
-        self._kind = "weight" if which == "raw" else f"ema/{half_lives[0]}" if which == "ema" else which
-        if self._kind != "weight" and int(self._kind.removeprefix("ema/")) not in half_lives:
-            raise ValueError(f"weights={which!r}; this run averaged with half-lives {half_lives}")
+        half_life = half_life_of(which, half_lives)
+        self._kind = "weight" if half_life is None else f"ema/{half_life}"
         self.checkpoint = checkpoint.find(run_dir.checkpoints, name)
 
     @property

@@ -73,8 +73,12 @@ class Stage(ABC):
         """What the loop calls for each micro batch; after `prepare`."""
 
     @abstractmethod
+    def validate(self, between: Between, suffix: str) -> dict[str, float]:
+        """Loss of `module` as it is now, on held-out images; names begin with `val/loss{suffix}`. Collective."""
+
+    @abstractmethod
     def evaluate(self, between: Between) -> dict[str, float]:
-        """Scores of `module` as it is now, on held-out images."""
+        """Scores of `module` as it is now, on held-out images. Collective."""
 
     @abstractmethod
     def conditions(self) -> dict[str, Any]:
@@ -149,6 +153,10 @@ class AutoencoderStage(Stage):
         return AutoencoderStep(
             engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook, adversary=adversary
         )
+
+    def validate(self, between: Between, suffix: str) -> dict[str, float]:
+        """Its scores say it all."""
+        return {}
 
     def evaluate(self, between: Between) -> dict[str, float]:
         return self._scores(self.module, between).scores
@@ -258,8 +266,11 @@ class DiffusionStage(Stage):
             seed=self._job.seed,
         )
 
+    def validate(self, between: Between, suffix: str) -> dict[str, float]:
+        return self._validation.loss(self.module, between, suffix)
+
     def evaluate(self, between: Between) -> dict[str, float]:
-        return {**self._validation.loss(self.module, between), **self._scores(self._generator(), between)}
+        return self._scores(self._generator(), between)
 
     def conditions(self) -> dict[str, Any]:
         return self._scores.conditions(self._generator())

@@ -13,6 +13,7 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.looks import Looks
 from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
 from ldm_scale.tracking.goodput import Ledger, idle_before
 from ldm_scale.tracking.report import write_report
@@ -23,7 +24,7 @@ from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, passed_over
-from ldm_scale.training.loop import Clock, Looks, Outcome, Run, fit
+from ldm_scale.training.loop import Clock, Due, Outcome, Run, fit
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter, peak_flops
 from ldm_scale.training.watchdog import Watchdog
@@ -208,6 +209,7 @@ def _assemble(
     if state is not None:
         guard.resume(state)
         step.resume(state)
+    looks = Looks(stage, ema, job.evaluation.weights, tracker, preemption.between)
     return Run(
         engine=engine,
         step=step,
@@ -225,10 +227,8 @@ def _assemble(
         watchdog=watchdog,
         garbage=GarbageCollection(job.guard.collect_every),
         rewind=lambda images: _rewind(run_dir, meter, images),
-        averaged=lambda: ema.swapped(job.ema_half_lives[0]),
-        evaluate=lambda: stage.evaluate(preemption.between),
-        conditions={"weights": f"ema/{job.ema_half_lives[0]}", **stage.conditions()},
-        show=lambda images: stage.show(images, tracker, preemption.between),
+        evaluate=looks.evaluate,
+        show=looks.show,
         state=stage.state(),
         global_batch=engine.global_batch,
         total_images=job.total_images,
@@ -237,7 +237,7 @@ def _assemble(
         evaluate_clock=Clock(job.every.evaluate),
         save_clock=Clock(job.every.save),
         images_seen=0 if state is None else int(state["images_seen"]),
-        due=Looks(job.every.evaluate > 0, job.every.sample > 0) if state is None else Looks(**state["due"]),
+        due=Due(job.every.evaluate > 0, job.every.sample > 0) if state is None else Due(**state["due"]),
     )
 
 

@@ -91,6 +91,20 @@ class EMA:
         return [self._masters.read(tensors, piece) for piece in self._masters.pieces]
 
 
+def half_life_of(weights: str, half_lives: Sequence[int]) -> int | None:
+    """The half-life whose average `ema` (the first one) or `ema/H` means; None for `raw`.
+
+    raises  ValueError where there is none such
+    """
+    if weights == "raw":
+        return None
+    name = f"ema/{half_lives[0]}" if weights == "ema" else weights
+    found = {f"ema/{half_life}": half_life for half_life in half_lives}
+    if name not in found:
+        raise ValueError(f"weights={weights!r}; there are raw, ema (which is ema/{half_lives[0]}), {', '.join(found)}")
+    return found[name]
+
+
 def decay(half_life: int, images: int, images_seen: int) -> float:
     """Weight of the old average in one update of `images` images, ramp included."""
     return float(0.5 ** (images / min(half_life, RAMP * images_seen)))

@@ -4,7 +4,6 @@ Progress is counted in images seen; intervals, learning rate, EMA and random str
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -39,11 +38,19 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Looks:
+class Due:
     """What is due at the images seen so far and not done yet; a checkpoint remembers it, a resume makes up for it."""
 
     evaluate: bool
     show: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores by name, and what they depend on."""
+
+    scores: dict[str, float]
+    conditions: dict[str, Any]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,12 +74,9 @@ class Run:
     garbage: GarbageCollection
     rewind: Callable[[int], None]
     """Takes back what the run directory says of training after so many images."""
-    averaged: Callable[[], AbstractContextManager[None]]
-    """Puts the averaged weights into the model while it lasts."""
-    evaluate: Callable[[], dict[str, float]]
-    conditions: dict[str, Any]
-    """What scores depend on besides the weights."""
+    evaluate: Callable[[], list[Evaluation]]
     show: Callable[[int], None]
+    """Draws pictures of the model, after so many images."""
     state: dict[str, Any]
     """What a checkpoint carries besides weights and `images_seen`."""
     global_batch: int
@@ -82,7 +86,7 @@ class Run:
     evaluate_clock: Clock
     save_clock: Clock
     images_seen: int
-    due: Looks
+    due: Due
 
 
 def fit(run: Run) -> Outcome:
@@ -104,7 +108,7 @@ def fit(run: Run) -> Outcome:
             if not run.startup.is_over:
                 _started(run)
             last = run.images_seen >= run.total_images
-            run.due = Looks(
+            run.due = Due(
                 evaluate=run.evaluate_clock.fires(before, run.images_seen) or last,
                 show=run.sample_clock.fires(before, run.images_seen) or last,
             )
@@ -181,7 +185,7 @@ def _roll_back(run: Run, trouble: Trouble) -> None:
         state = run.checkpoints.load(newest)
     # After the renaming: a kill in between meets the same trouble again, and not what came after it.
     begin, end = run.guard.pass_over(trouble)
-    run.images_seen, run.due = state["images_seen"], Looks(**state["due"])
+    run.images_seen, run.due = state["images_seen"], Due(**state["due"])
     run.guard.resume(state)
     run.step.resume(state)
     run.rewind(run.images_seen)
@@ -203,23 +207,23 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
 
 
 def _looked(run: Run) -> bool:
-    """Score and draw with the averaged weights, where that is due; left out of the training's rates.
+    """Score and draw, where that is due; left out of the training's rates.
 
     returns  False where a signal came in between: nothing of it was recorded, and all of it is still due
     """
     if not (run.due.evaluate or run.due.show):
         return True
     try:
-        with run.watchdog.phase("evaluation"), run.meter.pause("evaluation"), run.averaged():
-            scores = run.evaluate() if run.due.evaluate else None
+        with run.watchdog.phase("evaluation"), run.meter.pause("evaluation"):
+            evaluations = run.evaluate() if run.due.evaluate else []
             if run.due.show:
                 run.show(run.images_seen)
     except runtime.Preempted:
         return False
-    if scores is not None:
-        run.tracker.log(run.images_seen, scores)
-        run.tracker.event(run.images_seen, "evaluation", scores=scores, **run.conditions)
-    run.due = Looks(evaluate=False, show=False)
+    for found in evaluations:
+        run.tracker.log(run.images_seen, found.scores)
+        run.tracker.event(run.images_seen, "evaluation", scores=found.scores, **found.conditions)
+    run.due = Due(evaluate=False, show=False)
     return True
 
 

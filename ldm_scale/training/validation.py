@@ -33,12 +33,15 @@ class HeldOut:
     batch: int
 
     @torch.no_grad()
-    def loss(self, model: LatentDiffusion, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def loss(
+        self, model: LatentDiffusion, between: Callable[[], None] = lambda: None, suffix: str = ""
+    ) -> dict[str, float]:
         """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths.
 
         All ranks share the work. Collective.
 
         between  called between batches, by all ranks together; what it raises ends the rest
+        suffix   of `val/loss`, to tell weights apart
         """
         parts = [(bucket, part) for bucket in range(BUCKETS) for part in ranges(len(self.z_0_NCHW), self.batch)]
         sums = torch.zeros(BUCKETS, dtype=torch.float64)
@@ -49,8 +52,9 @@ class HeldOut:
                 sums[bucket] += loss
         add_up(sums)
         losses = (sums / len(self.z_0_NCHW)).tolist()
-        named = {f"val/loss_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
-        return {"val/loss": sum(losses) / BUCKETS, **named}
+        stem = f"val/loss{suffix}"
+        named = {f"{stem}_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
+        return {stem: sum(losses) / BUCKETS, **named}
 
     def _loss(self, model: LatentDiffusion, bucket: int, part: range) -> float:
         """Sum over the images of `part`."""

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +27,7 @@ from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.guards import GarbageCollection, Guard, GuardConfig, Policy, TrainingDiverged, passed_over
-from ldm_scale.training.loop import Clock, Looks, Run, fit
+from ldm_scale.training.loop import Clock, Due, Run, fit
 from ldm_scale.training.steps import Metrics
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter
@@ -128,10 +127,10 @@ def training(
         tracker=tracker, meter=meter, startup=Startup(),
         preemption=runtime.Preemption(), control=Control(run_dir), guard=guard, garbage=GarbageCollection(3),
         watchdog=Watchdog(path / "stacks", minutes=1, phase_minutes=1, on_end=lambda reason: None),
-        rewind=lambda to: tracker.start({}, resume_at=to), averaged=nullcontext, evaluate=dict, conditions={},
+        rewind=lambda to: tracker.start({}, resume_at=to), evaluate=list,
         show=lambda _: None, state={}, global_batch=8, total_images=TOTAL, log_clock=Clock(log_every),
         sample_clock=Clock(0), evaluate_clock=Clock(0), save_clock=Clock(SAVE), images_seen=images,
-        due=Looks(False, False),
+        due=Due(False, False),
     )  # fmt: skip
     return run, step
 
