@@ -21,8 +21,8 @@ from ldm_scale.training.checkpoint import find, read_consolidated, read_state
 NAMES = (  # design.md section 7
     {"train/loss", "train/lr", "train/grad_norm", "train/images_seen"}
     | {f"perf/{name}" for name in ("images_per_s", "images_per_s_per_gpu", "mfu", "data_wait", "step_ms", "memory_gb")}
-    | {"val/loss"}
-    | {f"val/loss_t{bucket}00" for bucket in range(10)}
+    | {"val/loss", "val/loss_raw"}
+    | {f"val/loss{weights}_t{bucket}00" for weights in ("", "_raw") for bucket in range(10)}
     | {"eval/fd_random", "eval/caption_accuracy"}
 )
 
@@ -63,6 +63,9 @@ def test_a_run_directory_tells_the_whole_story(undisturbed: RunDir) -> None:
     assert [picture.stem for picture in pictures] == ["000000000000", "000000000096"]
     scored = [line for line in undisturbed.read_lines(undisturbed.events) if line["event"] == "evaluation"]
     assert {"n", "reference", "features", "sampler", "steps", "guidance", "weights"} <= scored[-1].keys()
+    assert [line["weights"] for line in scored] == ["ema/32", "raw"] * 3
+    (averaged, raw) = (curve(undisturbed, name) for name in ("val/loss", "val/loss_raw"))
+    assert averaged[0] == raw[0] and averaged[-1] != raw[-1]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_scale.training.ema import EMA, RAMP, decay
+from ldm_scale.training.ema import EMA, RAMP, decay, half_life_of
 from ldm_scale.training.masters import plain_masters
 from ldm_scale.training.optimizer import OptimizerConfig
 
@@ -111,3 +111,9 @@ def test_partitions_swap_and_measure_like_whole_weights(kind, two_processes, ref
     assert curve["swap"]["exact"]
     assert curve["swap"]["restored"] == curve["swap"]["own"] != curve["swap"]["averaged"]
     assert curve["distances"] == pytest.approx(reference["distances"], rel=1e-4)
+
+
+def test_weights_go_by_name():
+    assert [half_life_of(name, [20, 5]) for name in ("raw", "ema", "ema/5", "ema/20")] == [None, 20, 5, 20]
+    with pytest.raises(ValueError, match=r"weights='ema/7'; there are raw, ema \(which is ema/20\), ema/20, ema/5"):
+        half_life_of("ema/7", [20, 5])
