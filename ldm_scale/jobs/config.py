@@ -7,6 +7,7 @@ type or an impossible value is refused before anything is loaded, by the schemas
 import dataclasses
 import difflib
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -649,9 +650,9 @@ def import_parts(overrides: Sequence[str]) -> None:
         if text.startswith("imports="):
             modules = OverridesParser.create().parse_override(text).value()
             for module in modules if isinstance(modules, list) else [modules]:
-                sys.path.insert(0, os.getcwd())
+                sys.path.append(os.getcwd())  # last: a job that runs a copy of the code has its parts from there
                 importlib.import_module(str(module))
-                sys.path.pop(0)
+                sys.path.pop()
 
 
 def with_model_defaults(job: str, overrides: Sequence[str]) -> list[str]:
@@ -681,6 +682,15 @@ def _run_defaults(trained: Mapping[str, Any], schema: type, given: Mapping[str, 
         values = {key: "null" if trained[section][key] is None else trained[section][key] for key in shared}
         defaults += [f"{section}.{key}={value}" for key, value in values.items()]
     return defaults
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """All command lines that `key=1,2` or `key=range(1,4)` stand for, as Hydra's multirun reads them."""
+    choices = []
+    for text, one in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
+        values = one.sweep_string_iterator() if one.is_sweep_override() else ()
+        choices.append([f"{one.get_key_element()}={value}" for value in values] or [text])
+    return [list(chosen) for chosen in itertools.product(*choices)]
 
 
 def compose(job: str, overrides: Sequence[str]) -> Any:

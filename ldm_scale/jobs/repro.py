@@ -115,7 +115,9 @@ def _data(source: SampleSource[Any]) -> dict[str, Any]:
 
 
 def _code(run_dir: RunDir) -> dict[str, Any] | None:
-    """Commit, and what differs from it (kept beside); None where the code is no checkout."""
+    """Commit, and what differs from it (kept beside); None where the code is no checkout, nor the copy of one."""
+    if (noted := _CODE / "snapshot.json").exists():  # launchers/slurm/submit makes such copies
+        return {**storage.read_json(noted), "snapshot": str(_CODE)}
     commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     if commit is None or changed is None:
         return None

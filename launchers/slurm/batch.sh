@@ -1,0 +1,61 @@
+# What every job does, below the lines that `submit` puts before this: CODE, EXCLUDE, GRACE and WAIT, STATUS (of a
+# training) and the command in "$@". Starts one process per GPU, hands on the wish to stop, and decides what comes after.
+
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
+began=$(date +%s)
+say() { echo "$(date -u +%FT%TZ) job $id: $*"; }
+
+# This script runs on the first host, as rank 0 does.
+MASTER_ADDR=$(hostname)
+MASTER_PORT=$(python -c 'import socket; print(socket.create_server(("", 0)).getsockname()[1])')
+export MASTER_ADDR MASTER_PORT PYTHONPATH=$CODE TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$GRACE
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from sbatch
+fi
+
+# USR1 comes before the time limit, TERM when another job takes the hosts. srun itself would not outlive a TERM.
+told=
+trap 'told=1; say "told to stop"; kill -USR1 "$step" 2>/dev/null' USR1 TERM
+
+say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
+# A process that ends leaves the others time to say why and on which host: they are not killed at once.
+srun --mpi=none --kill-on-bad-exit=0 --wait="$WAIT" bash "$CODE/launchers/slurm/task.sh" "$@" &
+step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal ends `wait`, not the step
+wait "$step"
+code=$?
+trap '' TERM USR1 # Slurm ends what it requeues by TERM; what follows is still to be done
+
+# What a training wrote in this attempt; an older word may be another attempt's.
+word() {
+    [[ -z $STATUS ]] && return
+    python - "$STATUS" "$began" <<'PYTHON' 2>/dev/null
+import json, sys
+status = json.load(open(sys.argv[1]))
+print(status["state"] if status["time"] >= float(sys.argv[2]) else "")
+PYTHON
+}
+
+again() {
+    state=$(squeue --noheader --jobs="$id" --format=%T)
+    if [[ $state == RUNNING ]]; then
+        say "$1: requeued"
+        scontrol requeue "$id" && code=0
+    else # cancelled by a person, or requeued by Slurm itself, which noticed first that a host is lost
+        say "$1, but Slurm says $state: not requeued here"
+    fi
+    if [[ -f $EXCLUDE ]]; then
+        scontrol update JobId="$id" ExcNodeList="$(sed 's/#.*//' "$EXCLUDE" | xargs | tr ' ' ',')"
+    fi
+    exit "$code"
+}
+
+word=$(word)
+say "ended with $code, status.json says '$word'"
+[[ $code == 0 || $word == finished || $word == stopped ]] && exit 0
+[[ $word == preempted || (-z $STATUS && $code == 75) ]] && again "preempted"
+# 138 and 143: USR1 and TERM met a process that did not listen yet, and had nothing to save.
+[[ -z $word ]] && [[ -n $told || $code == 138 || $code == 143 ]] && again "told to stop before it began"
+timeout --signal=KILL 60 srun --mpi=none --overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true || again "a host is lost"
+exit "$code"

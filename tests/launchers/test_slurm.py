@@ -1,0 +1,134 @@
+"""A real Slurm of three nodes: a job told to stop, out of time, or robbed of a node is the same run all along."""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_runs import Toy, curve, differing, events
+from slurm_cluster import Cluster, missing
+
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import repro
+from ldm_scale.training.checkpoint import complete_ones
+
+ROOT = Path(__file__).parents[2]
+WHERE = ("NODES=2", "GPUS_PER_NODE=0", "TIME=30")
+HOW = ("total_images=800", "every.save=40")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() != [], reason=f"not installed: {', '.join(missing())} (make system-packages)"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+def images(run: Path) -> int:
+    """How far the newest checkpoint is."""
+    newest = complete_ones(RunDir(run).checkpoints)[:1]
+    return int(newest[0].name.removeprefix("images_")) if newest else 0
+
+
+def hosts(log: Path) -> list[str]:
+    """The hosts of each attempt, as the job's log has them."""
+    return re.findall(r": start \d+ on (\S+):", log.read_text())
+
+
+def test_a_training_outlives_a_signal_its_time_limit_and_a_lost_host(
+    cluster: Cluster, toy: Toy, tmp_path: Path
+) -> None:
+    undisturbed, run, bad = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "bad.txt"
+    toy.train(undisturbed, *HOW).finish()
+    command = ("train", *toy.training(run, *HOW, "tracker.wandb=true"), *WHERE)
+    job = cluster.submit(*command, cwd=tmp_path, LDM_EXCLUDE=str(bad))
+    log = run / f"slurm_{job}.log"
+
+    cluster.wait(lambda: images(run) > 0, log)
+    bad.write_text("n1  # slow\n")
+    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.requeued(job, 1, log)
+
+    cluster.wait(lambda: len(events(run, "start", "resume")) == 2, log)
+    frozen = cluster.freeze(run)  # the limit takes effect within half a minute, and the training would be over
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={cluster.minutes(job) + 2}")
+    cluster.wait(lambda: "told to stop" in log.read_text(), log)
+    for process in frozen:
+        process.resume()
+    cluster.requeued(job, 2, log)
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
+    before = images(run)
+    cluster.wait(lambda: images(run) > before, log)
+    bad.write_text("n3\n")
+    cluster.kill_node("n3")
+    cluster.requeued(job, 3, log)
+
+    cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
+    assert hosts(log) == ["n[1-2]", "n[2-3]", "n[2-3]", "n[1-2]"]
+    assert differing(run, undisturbed) == []
+    assert curve(run) == curve(undisturbed)
+    told = [event["event"] for event in events(run, "start", "resume", "preempted", "finished")]
+    assert told == ["start", "preempted", "resume", "preempted", "resume", "resume", "finished"]
+    assert storage.read_json(RunDir(run).status)["state"] == "finished"
+    assert len({folder.name.rpartition("-")[2] for folder in RunDir(run).wandb.glob("offline-run-*")}) == 1
+    (snapshot,) = (run / "snapshot").iterdir()
+    assert {launch["code"]["snapshot"] for launch in repro.launches(RunDir(run))} == {str(snapshot / "code")}
+    ours, recorded = storage.read_json(snapshot / "config.json"), storage.read_json(RunDir(run).config)
+    assert ours == recorded
+
+
+@pytest.mark.faults
+def test_the_host_of_the_script_itself_is_lost(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    """Nobody is left to decide: Slurm itself requeues."""
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    toy.train(undisturbed, *HOW).finish()
+    job = cluster.submit("train", *toy.training(run, *HOW), *WHERE, cwd=tmp_path)
+    log = run / f"slurm_{job}.log"
+    cluster.wait(lambda: images(run) > 0, log)
+    first = hosts(log)[0][2]
+    cluster.kill_node(f"n{first}")
+    cluster.requeued(job, 1, log)
+    cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
+    assert differing(run, undisturbed) == []
+
+
+def test_a_sweep_is_two_runs_under_one_group(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    run = tmp_path / "sweep"
+    how = toy.training(run, "total_images=24", "seed=1,2", engine="one_process")
+    job = cluster.submit("train", *how, "NODES=1", "GPUS_PER_NODE=0", cwd=tmp_path)
+    both = [run / "seed-1", run / "seed-2"]
+    cluster.wait(lambda: all(events(one, "finished") for one in both), run / f"slurm_{job}_0.log")
+    assert {storage.read_json(RunDir(one).config)["tracker"]["group"] for one in both} == {"toy"}
+    assert curve(both[0]) != curve(both[1])
+
+
+def test_the_readmes_way_from_a_clone_to_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    """Its commands as they stand, but for two: the clone is of this checkout, the environment the one at hand."""
+    section = (ROOT / "README.md").read_text().partition("## On a Slurm cluster")[2].partition("\n## ")[0]
+    commands = [line.strip() for line in section.partition("`submit` takes")[0].splitlines() if line.startswith("    ")]
+    assert len(commands) <= 6
+    stand_in = {
+        "git clone URL ldm_scale": f"git clone --quiet {shlex.quote(str(ROOT))} ldm_scale",
+        "make setup": f"ln -s {shlex.quote(sys.prefix)} .venv",
+    }
+    assert stand_in.keys() <= set(commands)
+    script = "\n".join(["set -e", *(stand_in.get(command, command) for command in commands[:-1])])
+    done = cluster.type("bash", "-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "ldm_scale/runs/autoencoder_kl_f4/toy"
+    job = done.stdout.partition("submitted  ")[2].partition(":")[0]
+    log = run / f"slurm_{job}.log"
+    cluster.wait(lambda: bool(curve(run)), log)
+    status = cluster.type("bash", "-c", commands[-1], cwd=tmp_path / "ldm_scale")
+    assert "runs/autoencoder_kl_f4/toy" in status.stdout and "running" in status.stdout, status.stderr
+    assert [event["world"] for event in events(run, "start")] == [2]
+    cluster.ask("scancel", job)
+    cluster.wait(lambda: cluster.state(job) == "CANCELLED", log)
+    assert "not requeued" in log.read_text()

@@ -1,0 +1,116 @@
+"""What `launchers/slurm/submit` would send, and what it refuses: nothing here needs a Slurm."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm_scale.core import storage
+from ldm_scale.jobs import config
+
+ROOT = Path(__file__).parents[2]
+TOY = ("+experiment=txt2img_laion", "scale=toy", "engine=ddp", "micro_batch=8", "GPUS_PER_NODE=0")
+
+
+def submit(*arguments: str, cwd: Path, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Type the command in `cwd`, where no Slurm is found."""
+    programs = cwd.parent / "programs"
+    if not programs.exists():
+        programs.mkdir()
+        for folder in ("/usr/bin", "/bin"):
+            for file in Path(folder).iterdir():
+                if file.name != "sbatch" and not (programs / file.name).exists():
+                    (programs / file.name).symlink_to(file)
+    return subprocess.run(
+        [root / "launchers/slurm/submit", *arguments], cwd=cwd, capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{programs}", **environment},
+    )  # fmt: skip
+
+
+def options(script: str) -> set[str]:
+    return {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")}
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_array_job_under_one_group(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("# burn-in of today\nn7   # slow\n\nn9\n")
+    said = submit(
+        "train", "+experiment=txt2img_laion", "name=lr", "global_batch=640", "micro_batch=40", "NODES=2",
+        "TIME=24:00:00", "GRACE=300", "seed=1,2", "optimizer.learning_rate=1e-4,5e-5", "--partition=gpu", "--print",
+        cwd=tmp_path, LDM_EXCLUDE="bad.txt",
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert options(said.stdout) >= {
+        "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=24:00:00", "--signal=B:USR1@300", "--requeue",
+        "--array=0-3", "--exclude=n7,n9", "--partition=gpu", "--job-name=train:runs/txt2img_laion/lr",
+    }  # fmt: skip
+    first = tmp_path / "runs/txt2img_laion/lr/seed-1_learning_rate-0.0001"
+    assert f"run_dir={first} tracker.group=lr" in said.stdout
+    assert said.stdout.count("tracker.group=lr") == 4
+    assert list(tmp_path.iterdir()) == [tmp_path / "bad.txt"]  # nothing was done
+    subprocess.run(["bash", "-n"], input=said.stdout, text=True, check=True)
+
+
+REFUSED = {
+    "dream +experiment=txt2img_laion": "dream is no job: train, precompute, sample, evaluate",
+    "train +experiment=txt2img_laion name=a NODE=2": "unknown key NODE. Known here: NODES",
+    "train +experiment=txt2img_laion name=a NODES=two": "NODES=two; a whole number, at least 1",
+    "train +experiment=txt2img_laion name=a --partition gpu": "gpu is no key=value; options of sbatch",
+    "train +experiment=txt2img_laion name=a optimiser.decay=1": "unknown key optimiser; did you mean optimizer?",
+    "train +experiment=txt2img_laion scale=toy NODES=2 GPUS_PER_NODE=0": "engine=ddp or engine=zero1, or NODES=1",
+    "train +experiment=txt2img_laion name=a NODES=3": "global_batch=680 does not divide",
+}
+
+
+@pytest.mark.slow
+def test_what_the_job_would_refuse_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    monkeypatch.syspath_prepend(str(ROOT / "launchers/slurm"))
+    monkeypatch.chdir(tmp_path)
+    import submit as program
+
+    for line, said in REFUSED.items():
+        monkeypatch.setattr(sys, "argv", ["submit", *line.split()])
+        with pytest.raises(SystemExit) as left:
+            config.or_exit(program.main)
+        assert left.value.code == 2
+        assert said in capsys.readouterr().err, line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_copy_is_the_code_as_it_stands(tmp_path: Path) -> None:
+    """Changed and new files are in it, ignored and deleted ones are not; without Slurm nothing stays behind."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    shutil.copytree(ROOT / "launchers", clone / "launchers", dirs_exist_ok=True)
+    (clone / "conf/experiment/mine.yaml").write_text("# @package _global_\n")
+    (clone / "runs").mkdir()
+    (clone / "runs/ignored.txt").touch()
+    (clone / "evaluate.py").unlink()
+    said = submit("train", *TOY, cwd=clone, root=clone)
+    assert said.returncode == 2
+    assert "no sbatch here: submit on a host of the cluster, or look with --print" in said.stderr
+    assert list((clone / "runs").iterdir()) == [clone / "runs/ignored.txt"]
+
+    code = "import pathlib, submit; submit.copy_code(pathlib.Path('copy'))"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{clone}/launchers/slurm:{clone}"},
+        check=True,
+    )
+    copy = tmp_path / "copy"
+    assert (copy / "train.py").exists() and (copy / "conf/experiment/mine.yaml").exists()
+    assert not (copy / "evaluate.py").exists() and not (copy / "runs").exists()
+    noted = storage.read_json(copy / "snapshot.json")
+    assert (
+        noted["dirty"] and " D evaluate.py" in noted["changed"] and "?? conf/experiment/mine.yaml" in noted["changed"]
+    )
+
+    (clone / "large.bin").write_bytes(bytes(10_000_001))
+    said = submit("train", *TOY, cwd=clone, root=clone)
+    assert said.returncode == 2 and "too large to be copied as code: large.bin. Name them in .gitignore" in said.stderr
