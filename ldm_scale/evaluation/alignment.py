@@ -1,20 +1,25 @@
-"""Does a toy picture show what its caption says? Reads pictures back into words, without any learned part.
+"""Does a picture show what its caption says? `ClipScore` asks CLIP; `caption_accuracy` reads toy pictures into words.
 
-All backgrounds are grey, so the chroma of a pixel is the coverage of a thing times the thing's chroma, whatever lies
-behind: its direction names the colour, its length the coverage. Connected coverage is one thing; its shape is the
-outline that fits best, drawn with the same area and centre of mass. Takes images, never a model.
+The latter has no learned part. All backgrounds are grey, so the chroma of a pixel is the coverage of a thing times the
+thing's chroma, whatever lies behind: its direction names the colour, its length the coverage. Connected coverage is one
+thing; its shape is the outline that fits best, drawn with the same area and centre of mass. Takes images, not models.
 
-Shape letters: B images, H W height and width (equal), K colours.
+Shape letters: B images, C channels, H W height and width (equal), K colours, D width of an embedding.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
+import torch
 from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional
 
+from ldm_scale.core import tensors, weights
 from ldm_scale.images.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -36,6 +41,55 @@ _EDGE = 0.5  # coverage above which a pixel belongs to a thing
 _SMALLEST = 0.3 * SHAPES["triangle"].area * circle_radius("small", things=2) ** 2  # share of the image: else a speck
 _POOREST_FIT = 0.6  # overlap below which a thing has none of the shapes
 _SOFTNESS = (0.0, 0.75 / 32, 1.5 / 32)  # blurs at which outlines are compared: deviations, shares of the side
+
+
+class ClipScore(nn.Module):
+    """How well pictures fit captions: 100 times the cosine of their embeddings by CLIP, at least 0.
+
+    Hessel et al. 2021, eq. 1, with 100 for their 2.5, as torchmetrics has it. NVIDIA and MLPerf print a
+    hundredth of it.
+    """
+
+    def __init__(self, directory: str) -> None:
+        """Read CLIP: network, tokenizer and preprocessing as transformers saves them.
+
+        raises  FileNotFoundError where they are not in `directory`, ValueError where it holds another network
+        """
+        from transformers import CLIPModel, CLIPProcessor  # seconds to import, and most runs do without
+
+        super().__init__()
+        try:
+            self._processor = CLIPProcessor.from_pretrained(directory, local_files_only=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                directory, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"evaluation.clip={directory} does not hold CLIP with its tokenizer and preprocessor_config.json: run "
+                "`make fetch-weights` on a machine with internet and copy the folder here, or evaluation.clip=null"
+            ) from error
+        self.network, found = loaded
+        if found["missing_keys"]:  # which transformers would fill with random numbers
+            raise ValueError(
+                f"evaluation.clip={directory} is not CLIP for images and text: it lacks {len(found['missing_keys'])} "
+                f"tensors, {', '.join(sorted(found['missing_keys'])[:3])} ...; `make fetch-weights` fetches it whole"
+            )
+        self.network.requires_grad_(False).eval()
+        self.digest = weights.digest(self.network.state_dict())
+        """sha256 of the weights; two scores compare only if it is the same."""
+
+    @torch.no_grad()
+    def forward(self, captions: Sequence[str], images_BCHW: Tensor) -> Tensor:
+        """(B,) scores of images in [-1, 1], each with its caption, which is cut where it is too long."""
+        length = self.network.config.text_config.max_position_embeddings
+        pixels = list(tensors.to_uint8(images_BCHW).cpu())
+        text = self._processor(
+            text=list(captions), return_tensors="pt", padding=True, truncation=True, max_length=length
+        ).to(self.network.device)
+        seen = self._processor(images=pixels, return_tensors="pt").to(self.network.device)
+        text_BD = self.network.get_text_features(**text).pooler_output
+        seen_BD = self.network.get_image_features(**seen).pooler_output
+        return 100 * functional.cosine_similarity(text_BD, seen_BD).clamp(min=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,8 @@ class EvaluationConfig:
     """Which weights images are made with: `ema`, `ema/H`, `raw`. Each costs a score of its own."""
     reference: str | None
     """File of a reference set's statistics (`evaluate.py write_reference=FILE`); None takes the held-out images."""
+    clip: str | None
+    """Directory of a CLIP, for the CLIP score; None for no such score."""
     caption_accuracy: bool
     """Read colour, shape and position back from generated pictures; true in the toy world only."""
     grid: int

@@ -14,13 +14,13 @@ from ldm_scale.conditioning.tokenizer import load_tokenizer
 from ldm_scale.core import runtime
 from ldm_scale.data.cache import require_match, require_text
 from ldm_scale.data.config import Origin
-from ldm_scale.evaluation.features import InceptionFeatures
+from ldm_scale.evaluation.alignment import ClipScore
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.loss import perceptual_network
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
-from ldm_scale.jobs.config import Features
 from ldm_scale.jobs.precompute import identity
+from ldm_scale.jobs.scores import features_of
 from ldm_scale.tracking.tracker import WandbMode
 from ldm_scale.tracking.weights_and_biases import may_go_online
 from ldm_scale.training.batch_fit import fit_batch
@@ -168,8 +168,9 @@ def _held_out(job: jobs_config.TrainJob) -> str:
 
 
 def _scores(job: jobs_config.TrainJob) -> str:
-    if job.evaluation.features is Features.inception:
-        InceptionFeatures(Path(job.paths.weights))
+    features_of(job.evaluation, job.paths)
+    if job.evaluation.clip is not None:
+        ClipScore(job.evaluation.clip)
     if job.trains_first_stage:
         perceptual_network(job.autoencoder_loss, job.paths.weights)
     return f"features: {job.evaluation.features.value}"

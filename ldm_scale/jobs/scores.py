@@ -22,7 +22,7 @@ from ldm_scale.data.cache import LatentStatistics
 from ldm_scale.data.config import DataConfig
 from ldm_scale.data.order import Order
 from ldm_scale.data.sources import ImageBatch, ImageSource
-from ldm_scale.evaluation.alignment import caption_accuracy
+from ldm_scale.evaluation.alignment import ClipScore, caption_accuracy
 from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing
 from ldm_scale.evaluation.reconstruction import psnr, ssim
 from ldm_scale.evaluation.statistics import Collector, Statistics, compare, load_reference
@@ -70,7 +70,7 @@ class HeldOutImages:
 
 
 class GenerationScores:
-    """Distance of generated images to a reference set and, in the toy world, caption accuracy."""
+    """Distance of generated images to a reference set; CLIP score; in the toy world, caption accuracy."""
 
     def __init__(
         self,
@@ -86,8 +86,9 @@ class GenerationScores:
         """
         self._config, self._held_out = config, held_out
         self._features = features_of(config, paths).to(device)
+        self._clip = None if config.clip is None else ClipScore(config.clip).to(device)
         captions: list[tuple[int, list[str]]] = []
-        look = _Look(config, self._features, held_out.count) if config.reference is None else None
+        look = self._look(held_out.count) if config.reference is None else None
         for indices, batch, counts in held_out.shared(config.batch):
             if counts:
                 captions.append((indices.start, batch.captions))
@@ -106,19 +107,19 @@ class GenerationScores:
 
     def __call__(self, generator: Generator, between: Between = lambda: None) -> dict[str, float]:
         """Generate `evaluation.images` images of held-out captions, and score them. Collective."""
-        look = _Look(self._config, self._features, self._config.images)
+        look = self._look(self._config.images)
         for indices, counts in shared(ranges(self._config.images, self._config.batch)):
             between()
             captions = [self.captions[i % len(self.captions)] for i in indices]
             images_BCHW = generator.images(captions, indices)
             if counts:
                 look.add(indices.start, images_BCHW, captions)
-        statistics, accuracy = look.finish()
+        statistics, alignment = look.finish()
         found = compare(statistics, self._reference, self._config.scores, self._features.name)
-        return {f"eval/{name}": value for name, value in {**found, **accuracy}.items()}
+        return {f"eval/{name}": value for name, value in {**found, **alignment}.items()}
 
     def real(self) -> dict[str, float]:
-        """The same caption accuracy on the held-out images themselves: what a perfect model would reach."""
+        """CLIP score and caption accuracy of the held-out images themselves: what a perfect model would reach."""
         return {f"eval/{name}_real": value for name, value in self._real.items()}
 
     def conditions(self, generator: Generator) -> dict[str, Any]:
@@ -128,35 +129,43 @@ class GenerationScores:
             "reference_images": self._reference.gaussian.count,
             "reference": self._reference_is,
             "features": self._features.digest,
+            "clip": None if self._clip is None else self._clip.digest,
             "sampler": jobs_config.to_plain(generator.sampler)["schema"],
             "steps": generator.sampler.steps,
             "guidance": generator.sampler.guidance,
             "seed": generator.seed,
         }
 
+    def _look(self, count: int) -> "_Look":
+        return _Look(self._config, self._features, self._clip, count)
+
 
 class _Look:
-    """Takes in a set of pictures with their captions: statistics of the one, accuracy of the other."""
+    """Takes in a set of pictures with their captions: statistics of the one, how well they fit the other."""
 
-    def __init__(self, config: jobs_config.EvaluationConfig, features: Features, count: int) -> None:
+    def __init__(
+        self, config: jobs_config.EvaluationConfig, features: Features, clip: ClipScore | None, count: int
+    ) -> None:
         self._collector = Collector(features, count, config.scores)
-        self._right = torch.zeros(len(_ACCURACIES), dtype=torch.float64) if config.caption_accuracy else None
-        self._count = count
+        self._clip, self._is_toy, self._count = clip, config.caption_accuracy, count
+        self._names = (*(["clip_score"] if clip else []), *(_ACCURACIES if self._is_toy else ()))
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64)
 
     def add(self, start: int, images_BCHW: Tensor, captions: list[str]) -> None:
         self._collector.add(start, images_BCHW)
-        if self._right is not None:
+        sums: list[float] = []
+        if self._clip is not None:
+            sums.append(float(self._clip(captions, images_BCHW).double().sum()))
+        if self._is_toy:
             accuracy = caption_accuracy(captions, to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy())
-            shares = [accuracy.overall, accuracy.colour, accuracy.shape, accuracy.position]
-            self._right += torch.tensor(shares, dtype=torch.float64) * accuracy.n
+            shares = (accuracy.overall, accuracy.colour, accuracy.shape, accuracy.position)
+            sums += [share * accuracy.n for share in shares]
+        self._sums += torch.tensor(sums, dtype=torch.float64)
 
     def finish(self) -> tuple[Statistics, dict[str, float]]:
         """Of what all ranks took in. Collective."""
-        statistics = self._collector.finish()
-        if self._right is None:
-            return statistics, {}
-        add_up(self._right)
-        return statistics, dict(zip(_ACCURACIES, (self._right / self._count).tolist(), strict=True))
+        add_up(self._sums)
+        return self._collector.finish(), dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
 
 
 _ACCURACIES = ("caption_accuracy", "colour_accuracy", "shape_accuracy", "position_accuracy")
