@@ -63,7 +63,7 @@ class Moments:
         return cls(mean, logvar)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks through what modules return by vars()
 class Codes:
     """What a codebook makes of each latent vector.
 
@@ -77,7 +77,7 @@ class Codes:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rebuilt:
     """An image after its way through the latent, and what the loss of a first stage reads on that way.
 

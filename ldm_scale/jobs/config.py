@@ -48,7 +48,7 @@ from ldm_scale.samplers.dpm_solver import DPMSolverConfig
 from ldm_scale.samplers.plms import PLMSConfig
 from ldm_scale.tracking.tracker import TrackerConfig
 from ldm_scale.training.ema import half_life_of
-from ldm_scale.training.engine import BatchFit, EngineConfig
+from ldm_scale.training.engine import BatchFit, EngineConfig, EngineKind
 from ldm_scale.training.guards import GuardConfig
 from ldm_scale.training.optimizer import OptimizerConfig
 
@@ -255,8 +255,10 @@ class TrainJob(Experiment):
             raise ValueError(
                 "first_stage=identity cannot be trained: it has no weights. Others can: +experiment=autoencoder_kl_f4"
             )
-        restarts = self.autoencoder_loss.restart_codes and isinstance(self.first_stage, AutoencoderVQConfig)
-        if self.trains_first_stage and restarts and self.engine.kind.zero_stage:
+        trains_codebook = self.trains_first_stage and isinstance(self.first_stage, AutoencoderVQConfig)
+        if trains_codebook and self.engine.kind is EngineKind.zero3:
+            raise ValueError("engine.kind=zero3 gathers weights layer by layer, and a codebook is none: engine=ddp")
+        if trains_codebook and self.autoencoder_loss.restart_codes and self.engine.kind.zero_stage:
             raise ValueError(
                 f"autoencoder_loss.restart_codes=true with engine.kind={self.engine.kind.value}, which cuts the "
                 "codebook up between ranks: choose engine=ddp, or restart_codes=false"

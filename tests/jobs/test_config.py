@@ -163,6 +163,7 @@ def test_entries_of_a_codebook_that_zero_cuts_up_are_not_restarted() -> None:
     message = refusal([*restarts, "engine=zero2"])
     assert "autoencoder_loss.restart_codes=true with engine.kind=zero2" in message
     assert "engine=ddp" in message
+    assert "engine.kind=zero3" in refusal([*restarts[:2], "engine=zero3", "autoencoder_loss.restart_codes=false"])
 
 
 def test_full_scale_asks_for_a_name_and_for_an_experiment() -> None:
