@@ -1,6 +1,6 @@
 """Every line of docs/operations.md, in its order, on a toy world: what a new user types, but for size and places.
 
-The tables below name the few that are not run.
+Lines for Slurm are asked to --print, which composes and checks the job; the tables below name the few that are not run.
 """
 
 import multiprocessing
@@ -49,6 +49,7 @@ SMALL = {  # what makes a job small, by the command it follows
     "train.py": SMALL_TRAINING,
     "ldm_scale.jobs.plan": SMALL_TRAINING,
     "ldm_scale.jobs.decoded": SMALL_MODEL,
+    "launchers/slurm/submit": ["--print", "NODES=1", "GPUS_PER_NODE=0"],
     "sample.py": ["sampler.steps=2"],
 }
 HELP = ("launchers/burn_in", "ldm_scale.interop.compvis")  # have tests of their own
