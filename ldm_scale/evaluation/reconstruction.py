@@ -1,4 +1,4 @@
-"""How faithfully an image was reconstructed: PSNR and SSIM, one number per image.
+"""How faithfully an image was reconstructed: PSNR and SSIM, and how much fine detail it has; one number per image.
 
 Images in, numbers out; knows no model. Values outside [-1, 1] are clamped, as they are when an image is written.
 
@@ -41,6 +41,21 @@ def ssim(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
     )
     border = _SSIM_WINDOW // 2  # torchmetrics reflects the image there
     return map_BCHW[..., border:-border, border:-border].flatten(1).mean(1)
+
+
+def detail(images_BCHW: Tensor) -> Tensor:
+    """Energy of what is fine in an image: mean square of its Laplacian, (B,); 0 for one of a single colour.
+
+    The filter passes nothing that is even or a ramp and lets the finest checkerboard through 8 times as high. The
+    detail of a reconstruction against that of its original is below 1 where it is blurred, above 1 where it is noisy.
+
+    images  (B, C, H, W) in [-1, 1], 3 pixels a side or more
+    """
+    images_BCHW, _ = _unit_range(images_BCHW, images_BCHW)
+    inner_BCHW = images_BCHW[..., 1:-1, 1:-1]
+    across_BCHW = images_BCHW[..., 1:-1, :-2] + images_BCHW[..., 1:-1, 2:]
+    down_BCHW = images_BCHW[..., :-2, 1:-1] + images_BCHW[..., 2:, 1:-1]
+    return (across_BCHW + down_BCHW - 4 * inner_BCHW).square().flatten(1).mean(1)
 
 
 def _unit_range(images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:

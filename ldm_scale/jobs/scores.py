@@ -24,7 +24,7 @@ from ldm_scale.data.order import Order
 from ldm_scale.data.sources import ImageBatch, ImageSource
 from ldm_scale.evaluation.alignment import ClipScore, caption_accuracy
 from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing
-from ldm_scale.evaluation.reconstruction import psnr, ssim
+from ldm_scale.evaluation.reconstruction import detail, psnr, ssim
 from ldm_scale.evaluation.statistics import Collector, Statistics, compare, load_reference
 from ldm_scale.first_stage.base import FirstStage, Rebuilt
 from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network
@@ -207,10 +207,14 @@ class ReconstructionScores:
 
     @torch.no_grad()
     def __call__(self, first_stage: FirstStage, between: Between = lambda: None) -> Reconstructions:
-        """PSNR in decibels, SSIM, LPIPS, distance of reconstructions to originals, use of a codebook. Collective."""
+        """PSNR in decibels, SSIM, LPIPS, distance of reconstructions to originals, use of a codebook; collective.
+
+        And the fine detail of all reconstructions as a share of the originals'.
+        """
         count = self._held_out.count
         originals, copies = (Collector(self._features, count, self._config.scores) for _ in range(2))
         fidelity = {name: torch.zeros(count, dtype=torch.float64) for name in self._measures}
+        details = torch.zeros(2, dtype=torch.float64)  # of reconstructions and of originals
         config = first_stage.config
         taken_K = torch.zeros(config.codebook_size if isinstance(config, AutoencoderVQConfig) else 0)
         for indices, batch, counts in self._held_out.shared(self._config.batch):
@@ -223,10 +227,12 @@ class ReconstructionScores:
             copies.add(indices.start, rebuilt.images)
             for name, measure in self._measures.items():
                 fidelity[name][indices.start : indices.stop] = measure(rebuilt.images, images_BCHW).cpu()
+            details += torch.stack((detail(rebuilt.images), detail(images_BCHW))).double().sum(1).cpu()
             if rebuilt.codes is not None:
                 taken_K += rebuilt.codes.indices.flatten().bincount(minlength=len(taken_K)).cpu()
-        add_up(taken_K, *fidelity.values())
+        add_up(taken_K, details, *fidelity.values())
         found = {name: float(values_N.mean()) for name, values_N in fidelity.items()}
+        found["detail"] = float(details[0] / details[1])
         found |= compare(copies.finish(), originals.finish(), self._config.scores, self._features.name)
         if len(taken_K):
             found |= {"codebook_usage": float(usage(taken_K)), "codebook_perplexity": float(perplexity(taken_K))}

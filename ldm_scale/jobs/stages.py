@@ -175,6 +175,7 @@ class AutoencoderStage(Stage):
         return {}
 
     def flops_per_image(self) -> float:
+        """Of the autoencoder alone, without discriminator and perceptual network."""
         size = self._job.data.transform.size
         with torch.device("meta"):
             network = self._job.first_stage.build()

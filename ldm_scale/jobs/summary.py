@@ -20,6 +20,7 @@ _SCORES = {
     "eval/fid": ("Frechet inception distance (FID)", "{:.2f}"),
     "eval/psnr": ("reconstruction PSNR, dB", "{:.2f}"),
     "eval/ssim": ("reconstruction SSIM", "{:.4f}"),
+    "eval/detail": ("fine detail, share of the originals'", "{:.3f}"),
     "val/loss": ("validation loss", "{:.4f}"),
 }
 

@@ -138,7 +138,8 @@ class EngineConfig:
     precision: Precision = Precision.bf16
     """Precision of the forward and backward pass."""
     grad_clip: float = 0.0
-    """Largest gradient norm over all trained weights; larger gradients are scaled down to it. 0 never clips."""
+    """Largest gradient norm over all weights of the network that trains, and of what learns beside it; larger gradients
+    are scaled down to it. 0 never clips."""
     compile: bool = False
     """Compile the networks' blocks: minutes more before the first step, faster from then on."""
 

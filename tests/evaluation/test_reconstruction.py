@@ -6,7 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
 
-from ldm_scale.evaluation.reconstruction import psnr, ssim
+from ldm_scale.evaluation.reconstruction import detail, psnr, ssim
 
 
 @pytest.fixture(params=[(3, 32, 32), (1, 17, 40), (3, 11, 11)])
@@ -76,3 +76,22 @@ def test_shapes_that_differ_are_refused(score):
 def test_ssim_of_a_tiny_image_is_refused():
     with pytest.raises(ValueError, match="11 x 11"):
         ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
+
+
+def test_detail_by_hand_and_against_a_convolution():
+    """Values of 0 and 1 in turn have a Laplacian of 4 or -4 everywhere; a ramp and an even image have none."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(9.0), indexing="ij")
+    board, ramp = ((rows + columns) % 2 * 2 - 1), (rows + 2 * columns) / 16 - 1
+    assert detail(board.expand(2, 3, 8, 9)).tolist() == [16.0, 16.0]
+    assert detail(torch.stack((ramp, torch.full_like(ramp, 0.3)))[:, None]) == pytest.approx(torch.zeros(2), abs=1e-12)
+    images = torch.rand(2, 1, 8, 9) * 2 - 1
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    expected = torch.nn.functional.conv2d((images + 1) / 2, kernel).square().mean((1, 2, 3))
+    torch.testing.assert_close(detail(images), expected)
+
+
+def test_detail_falls_with_blur_and_rises_with_noise(pairs):
+    _, images = pairs
+    blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    noisy = images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    assert (detail(blurred) < detail(images)).all() and (detail(images) < detail(noisy)).all()

@@ -101,6 +101,20 @@ def test_it_learns_to_tell_them_apart_and_the_variance_to_be_the_errors(training
     assert numbers[-1]["train/logvar"] < -0.05
 
 
+def test_errors_of_a_vq_first_stage_are_means_and_its_discriminator_weighs_as_much_less(tmp_path: Path) -> None:
+    """The reductions of the reference: a KL first stage sums 3 x 16 x 16 values, and so does its adaptive weight."""
+    late = adversarial.START // adversarial.GLOBAL_BATCH
+    weights = []
+    for first_stage in (adversarial.KL, adversarial.VQ):
+        training = adversarial.Training("one_process", tmp_path / type(first_stage).__name__, first_stage=first_stage)
+        numbers = training.run(late + 4)
+        weights.append(torch.tensor([one["train/adversarial_weight"] for one in numbers[late:]]).log().mean().exp())
+        training.engine.close()
+    assert all(torch.tensor(list(one.values())).isfinite().all() for one in numbers)
+    assert numbers[-1]["train/codebook"] > 0
+    assert 1 / 3 < weights[0] / weights[1] / (3 * adversarial.SIDE**2) < 3
+
+
 def test_where_one_network_s_gradients_are_not_finite_none_moves(training: adversarial.Training) -> None:
     training.run(3)
     before, adam_steps = training.everything(), training.engine.companion_masters[DISCRIMINATOR].step

@@ -14,8 +14,10 @@ from torch import Tensor
 from ldm_scale.core import rng, runtime
 from ldm_scale.data.sources import ImageBatch
 from ldm_scale.first_stage.adversarial import AdversarialConfig, DiscriminatorNorm
-from ldm_scale.first_stage.kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_scale.first_stage.convolutional import ConvolutionalConfig
+from ldm_scale.first_stage.kl import AutoencoderKLConfig
 from ldm_scale.first_stage.loss import AutoencoderLossConfig, PerceptualKind, ReconstructionLoss
+from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
@@ -29,11 +31,10 @@ STEPS = 12  # of which the discriminator sits out the first two
 ADVERSARIAL = AdversarialConfig(channels=8, layers=2, norm=DiscriminatorNorm.group, start_images=START)
 
 
-def first_stage() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKLConfig(
-        channels=8, channel_mult=[1, 2], num_res_blocks=1, z_channels=2, embed_dim=2, norm_groups=4
-    ).build()
+SHAPE: dict[str, Any] = {
+    "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "z_channels": 2, "embed_dim": 2, "norm_groups": 4,
+}  # fmt: skip
+KL, VQ = AutoencoderKLConfig(**SHAPE), AutoencoderVQConfig(**SHAPE, codebook_size=16)
 
 
 def images(positions: Tensor) -> Tensor:
@@ -52,14 +53,16 @@ class Training:
         micro_batch: int = 8,
         precision: str = "fp32",
         adversarial: AdversarialConfig = ADVERSARIAL,
+        first_stage: ConvolutionalConfig = KL,
     ) -> None:
+        torch.manual_seed(0)
         self.config = AutoencoderLossConfig(
             perceptual=PerceptualKind.none, learn_variance=True, adversarial=adversarial, kl_weight=1e-3
         )
         optimizer = OptimizerConfig(learning_rate=2e-3, beta_1=0.5, beta_2=0.9, weight_decay=0.0)
         config = EngineConfig(kind=EngineKind(kind), precision=Precision(precision))
         self.engine = engine = config.build(global_batch=GLOBAL_BATCH, micro_batch=micro_batch)
-        loss, module = ReconstructionLoss(self.config), first_stage()
+        loss, module = ReconstructionLoss(self.config), first_stage.build()
         engine.prepare(module, optimizer)
         if adversarial.exists:
             engine.accompany(DISCRIMINATOR, adversarial.build(3), optimizer, learning_rate_ratio=0.5)
@@ -67,7 +70,7 @@ class Training:
         engine.accompany("variance", loss.variance, optimizer)
         last = module.get_parameter("decoder.conv_out.weight")
         self.adversary = Adversary(engine, adversarial, last) if adversarial.exists else None
-        shape = module.config.latent_shape(SIDE)
+        shape = first_stage.latent_shape(SIDE)
         self.step = AutoencoderStep(
             engine, loss=loss, latent_shape=shape, seed=0, codebook=None, adversary=self.adversary
         )
@@ -131,7 +134,6 @@ def main(out: Path) -> None:
     for name, how in (
         ("plain", {"micro_batch": 4}),
         ("accumulated", {"micro_batch": 2}),
-        ("bf16", {"micro_batch": 4, "precision": "bf16"}),
     ):
         training = Training("ddp", out / name, **how)
         found[name] = training.run(STEPS)
