@@ -13,8 +13,8 @@ from ldm_scale.core.run_dir import RunDir
 
 # fmt: off
 FREE = (
-    "amend", "batch_fit", "conditioning.tokenizer", "data.blocks_gb", "data.cache_dir", "data.cache_gb",
-    "data.images", "data.index_dir", "data.latents", "data.removed", "data.selection", "data.threads",
+    "amend", "batch_fit", "conditioning.model", "conditioning.tokenizer", "data.blocks_gb", "data.cache_dir",
+    "data.cache_gb", "data.images", "data.index_dir", "data.latents", "data.removed", "data.selection", "data.threads",
     "data.validation", "engine.compile", "engine.kind", "engine.precision", "evaluation", "every",
     "first_stage.checkpoint", "guard.collect_every", "guard.phase_minutes", "guard.straggler",
     "guard.straggler_intervals", "guard.watchdog_minutes", "imports", "init", "init_what", "keep_every", "keep_last",
