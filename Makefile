@@ -8,6 +8,7 @@ SCALE      ?= full
 ARGS       ?=
 DS_OPS     ?= DS_BUILD_SHM_COMM=1
 PROCESSES  ?= 1
+WEIGHTS    ?= $(or $(LDM_SCALE_WEIGHTS),weights)
 RUN        ?= runs/$(EXPERIMENT)/$(SCALE)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -34,7 +35,8 @@ OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditio
 
 .DEFAULT_GOAL := help
 .PHONY: help setup system-packages wheelhouse prebuild-ops img2dataset demo demo-openmoji compression-sweep test test-fast \
-	test-faults lint types bench model-table toy plan precompute-latents train status sample evaluate report relay clean
+	test-faults lint types bench model-table fetch-weights toy plan precompute-latents train \
+	status sample evaluate report relay clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +128,9 @@ bench: setup ## Every benchmark: prints ratios against a peer or a limit measure
 
 model-table: setup ## docs/models.md: every experiment's parameters and operations, beside the published ones
 	@python -m ldm_scale.jobs.model_table docs/models.md
+
+fetch-weights: setup ## Inception, VGG16, BERT's tokenizer, CLIP, kl-f8 from their authors, for jobs offline: WEIGHTS=DIR
+	@python -m ldm_scale.jobs.fetch_weights $(WEIGHTS)
 
 ifeq ($(SCALE),toy)
 precompute-latents: toy

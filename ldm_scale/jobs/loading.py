@@ -85,7 +85,8 @@ def _weights_directory(checkpoint: str | None) -> Path:
             return directory
     raise FileNotFoundError(
         f"first_stage.checkpoint={checkpoint}: neither a weights directory nor a finished training run. "
-        "Train it (accelerate launch train.py +experiment=autoencoder_...), or fetch published weights"
+        "Train it (accelerate launch train.py +experiment=autoencoder_...), or fetch the published kl_f8: "
+        "`make fetch-weights` on a machine with internet"
     )
 
 

@@ -1,6 +1,8 @@
 """Import of original checkpoints, against networks written for the tests (compvis_reference.py)."""
 
 import os
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ldm_scale.diffusion.objective import Loss, Prediction
 from ldm_scale.interop import compvis, compvis_config, compvis_names
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
+from ldm_scale.jobs.fetch_weights import import_kl_f8
 
 Make = Callable[..., Any]
 SLOW = {"stable_diffusion": [pytest.mark.slow]}  # transformers takes seconds to import
@@ -375,3 +378,15 @@ def test_full_scale_text_transformer(tmp_path: Path) -> None:
         "transformer.to_logits.weight",
         "transformer.to_logits.bias",
     }
+
+
+def test_the_first_stage_that_is_fetched_becomes_a_weights_directory(original: Make, tmp_path: Path) -> None:
+    given, fetched = original(compvis_configs.kl(4, [1, 2], [], ch=32)), tmp_path / "weights/kl_f8/original"
+    fetched.mkdir(parents=True)
+    shutil.copy(given.config, fetched)
+    with zipfile.ZipFile(fetched / "model.zip", "w") as archive:
+        archive.write(given.checkpoint, "model.ckpt")
+    import_kl_f8(tmp_path / "weights")
+    held = loading.described_first_stage(f"{tmp_path}/weights/kl_f8")
+    assert held.digest() == compvis.load(given.config, given.checkpoint).first_stage.digest()
+    assert sorted(path.name for path in fetched.iterdir()) == ["config.yaml", "model.zip"]
