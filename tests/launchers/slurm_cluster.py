@@ -174,16 +174,17 @@ class Cluster:
                     process.send_signal(number)
 
     def _processes(self, which: Callable[[dict[str, str]], bool]) -> list[psutil.Process]:
-        """Daemons, scripts and tasks of this cluster, by what their environment says, and those that started them."""
+        """Daemons, scripts and tasks of this cluster, by what their environment says."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 said = process.environ()
+                if process.name() == "slurmstepd":  # writes its title over its environment, but has its node's log open
+                    logs = [Path(file.path) for file in process.open_files()]
+                    nodes = [log.stem for log in logs if log.parent == self.path]
+                    said = {**self.environment, "SLURMD_NODENAME": nodes[0]} if nodes else {}
                 if said.get("SLURM_CONF") == self.environment["SLURM_CONF"] and which(said):
                     found.append(process)
-                    parent = process.parent()
-                    if parent is not None and parent.name() == "slurmstepd":  # writes its title over its environment
-                        found.append(parent)
         return found
 
 
