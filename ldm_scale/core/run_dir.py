@@ -44,6 +44,11 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def watched(self) -> Path:
+        """Evaluations made beside the training, as lines of `events` (jobs/watch.py)."""
+        return self.path / "evaluation" / "watched.jsonl"
+
+    @property
     def alerts(self) -> Path:
         """One JSON object a line: `{time, images_seen, alert, level, text, run, host}`."""
         return self.path / "alerts.jsonl"
@@ -97,3 +102,15 @@ class RunDir:
                 with suppress(ValueError):
                     values.append(json.loads(line))
         return values
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """What happened, in the training and beside it, in the order of time."""
+        return sorted(self.read_lines(self.events) + self.read_lines(self.watched), key=lambda line: line["time"])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every number, of the training and of evaluations beside it, by images seen."""
+        beside = [
+            {"images_seen": line["images_seen"], "time": line["time"], **line["scores"]}
+            for line in self.read_lines(self.watched)
+        ]
+        return sorted(self.read_lines(self.metrics) + beside, key=lambda line: line["images_seen"])

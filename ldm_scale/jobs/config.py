@@ -547,6 +547,8 @@ class EvaluateJob(Drawing):
     """The run directory of a training, of a first or second stage."""
     first_stage: GivenFirstStage = field(default_factory=GivenFirstStage)
     """Instead of `run_dir`: a first stage."""
+    watch: str | None = None
+    """Instead of `run_dir`: a training whose checkpoints are scored as they appear, with its own settings."""
     evaluation: EvaluationConfig
     """Scores."""
     data: EvaluatedData = field(default_factory=EvaluatedData)
@@ -555,8 +557,10 @@ class EvaluateJob(Drawing):
     def __post_init__(self) -> None:
         Drawing.__post_init__(self)
         checkpoint = self.first_stage.checkpoint
-        if (self.run_dir is None) == (checkpoint is None):
-            raise ValueError("name the model: run_dir=RUN or first_stage.checkpoint=DIRECTORY, one of the two")
+        if [self.run_dir, checkpoint, self.watch].count(None) != 2:
+            raise ValueError(
+                "name what to score: run_dir=RUN, first_stage.checkpoint=DIRECTORY or watch=RUN, one of them"
+            )
         if checkpoint is not None and (self.data.images is None or self.data.size is None):
             raise ValueError(
                 f"first_stage.checkpoint={checkpoint} needs data.images=SHARDS and data.size=PIXELS beside it"

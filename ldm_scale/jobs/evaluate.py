@@ -19,7 +19,7 @@ from ldm_scale.data.samples import Task
 from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.images.resize import ImageTransformConfig
 from ldm_scale.jobs import config as jobs_config
-from ldm_scale.jobs import loading
+from ldm_scale.jobs import loading, watch
 from ldm_scale.jobs.scores import (
     GenerationScores,
     HeldOutImages,
@@ -36,6 +36,9 @@ def run(job: jobs_config.EvaluateJob) -> None:
     """Print the scores, and write them with everything they depend on to `evaluation/` beside what was scored."""
     runtime.configure_logging()
     runtime.join()
+    if job.watch is not None:
+        watch.run(RunDir(Path(job.watch)))
+        runtime.leave()
     trained = None
     if job.run_dir is not None:
         trained = loading.RunWeights(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)

@@ -26,7 +26,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import repro
 from ldm_scale.jobs.export import locate
-from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
+from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import CheckpointError, Checkpoints
 from ldm_scale.training.ema import EMA
@@ -75,8 +75,7 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
     _require_logged(sorted(lines), begin, job.global_batch, steps)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
     torch.manual_seed(job.seed)
-    kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
-    stage: Stage = kind(job, engine.device, lambda key, reason, position: None)
+    stage = stage_of(job, engine.device, lambda key, reason, position: None)
     stage.prepare(engine, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
     checkpoints = Checkpoints(

@@ -365,6 +365,12 @@ class DiffusionStage(Stage):
         return HeldOut((z_0_NCHW * self._latent_scale).to(device), inputs, self._job.seed, batch)
 
 
+def stage_of(job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> Stage:
+    """The training that a job asks for."""
+    kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
+    return kind(job, device, on_bad)
+
+
 def open_images(data: DataConfig) -> dict[str, ShardSet]:
     """The image shards, by name of their source. Says what they hold that is not read.
 

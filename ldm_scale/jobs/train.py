@@ -14,7 +14,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.looks import Looks
-from ldm_scale.jobs.stages import AutoencoderStage, DiffusionStage, Stage
+from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.tracking.goodput import Ledger, idle_before
 from ldm_scale.tracking.report import write_report
 from ldm_scale.tracking.tracker import JsonLines, Silent, Tracker
@@ -103,8 +103,7 @@ def _watched(
         tracker.event(position, "bad_sample", key=key, reason=reason)
 
     torch.manual_seed(job.seed)
-    kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
-    stage: Stage = kind(job, engine.device, on_bad)
+    stage = stage_of(job, engine.device, on_bad)
     startup.mark("data_and_model")
     stage.prepare(engine, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
@@ -209,7 +208,14 @@ def _assemble(
     if state is not None:
         guard.resume(state)
         step.resume(state)
-    looks = Looks(stage, ema, job.evaluation.weights, tracker, preemption.between)
+    looks = Looks(
+        stage,
+        ema.put,
+        half_lives=job.ema_half_lives,
+        scored=job.evaluation.weights,
+        tracker=tracker,
+        between=preemption.between,
+    )
     return Run(
         engine=engine,
         step=step,

@@ -5,7 +5,7 @@ communication. Knows no engine, no file and no schedule.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,10 @@ class EMA:
             dist.all_reduce(sums)
         ratios = (sums[1:] / sums[0]).sqrt()
         return dict(zip(self.shadows, ratios, strict=True))
+
+    def put(self, half_life: int | None) -> AbstractContextManager[None]:
+        """As `swapped`; None leaves the model its own weights."""
+        return nullcontext() if half_life is None else self.swapped(half_life)
 
     def _current(self) -> list[Tensor]:
         return [master.detach() for master in self._masters.tensors]
