@@ -147,7 +147,7 @@ def measure(run_dir: RunDir, steps: Sequence[int]) -> Member:
     raises  FileNotFoundError or ValueError where it is no run of a second stage, or has no scores
     """
     source = loading.TrainingRun(run_dir, name="latest", which="ema")
-    lines = run_dir.read_lines(run_dir.metrics)
+    lines = run_dir.read_metrics()
     curves = {
         one.name: [(line["images_seen"], line[one.name]) for line in lines if line.get(one.name) is not None]
         for one in MEASURES

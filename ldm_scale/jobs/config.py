@@ -558,9 +558,7 @@ class EvaluateJob(Drawing):
         Drawing.__post_init__(self)
         checkpoint = self.first_stage.checkpoint
         if [self.run_dir, checkpoint, self.watch].count(None) != 2:
-            raise ValueError(
-                "name what to score: run_dir=RUN, first_stage.checkpoint=DIRECTORY or watch=RUN, one of them"
-            )
+            raise ValueError("name what to score by one of run_dir=RUN, first_stage.checkpoint=DIRECTORY, watch=RUN")
         if checkpoint is not None and (self.data.images is None or self.data.size is None):
             raise ValueError(
                 f"first_stage.checkpoint={checkpoint} needs data.images=SHARDS and data.size=PIXELS beside it"

@@ -36,7 +36,7 @@ def closing(*run_dirs: RunDir) -> None:
 
 
 def _scores(run_dir: RunDir, config: dict[str, Any], status: dict[str, Any]) -> Table:
-    lines = run_dir.read_lines(run_dir.metrics)
+    lines = run_dir.read_metrics()
     table = Table(
         title=f"{config['experiment']} / {config['name']}: {status['state']} at {status['images']:,} images",
         title_justify="left",

@@ -1,7 +1,7 @@
 """Score a training's checkpoints as they appear, beside it, so that it need not stop for that (`every.evaluate=0`).
 
-`python evaluate.py watch=RUN` starts this. Images, sampler and noise are those that the training itself would have used,
-so the scores are the same. They go to `RUN/evaluation/watched.jsonl`, which the training's tracker and report show.
+`python evaluate.py watch=RUN` starts this. Images, sampler and noise are those that the training itself would have
+used, so the scores are the same. They go to `RUN/evaluation/watched.jsonl`, which its tracker and report show.
 """
 
 import json
@@ -49,10 +49,9 @@ def _appearing(run_dir: RunDir, preemption: runtime.Preemption) -> Iterator[Path
     while True:
         over = storage.read_json(run_dir.status)["state"] != "running"  # asked before looking: none comes after it
         scored = {line["images_seen"] for line in run_dir.read_events() if line["event"] == "evaluation"}
-        found = [
-            path for path in checkpoint.complete_ones(run_dir.checkpoints) if checkpoint.images_of(path) not in scored
-        ]
-        over, oldest = runtime.gathered((over, found[-1] if found else None))[0]
+        complete = checkpoint.complete_ones(run_dir.checkpoints)
+        found = [path for path in reversed(complete) if checkpoint.images_of(path) not in scored]
+        over, oldest = runtime.gathered((over, found[0] if found else None))[0]
         if oldest is not None:
             yield oldest
         elif over:

@@ -53,8 +53,8 @@ def _gather(run_dir: RunDir) -> dict[str, Any]:
     """Everything the page shows, of plain JSON types."""
     config = _read_json(run_dir.config)
     status = _read_json(run_dir.status)
-    lines = run_dir.read_lines(run_dir.metrics)
-    events = run_dir.read_lines(run_dir.events)
+    lines = run_dir.read_metrics()
+    events = run_dir.read_events()
     stamps = [line["time"] for line in [*lines, *events]]
     parts = run_dir.path.absolute().parts
     return {

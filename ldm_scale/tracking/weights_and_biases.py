@@ -98,6 +98,7 @@ class Wandb:
         self._run_dir, self._place, self._offline = run_dir, place, offline
         self._run: wandb.Run | None = None
         self._sent = _Sent(run_dir.wandb / "sent.json")
+        self._watched_bytes = 0
 
     def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
         """Open the run, and send what metrics.jsonl has up to `resume_at` and W&B was never sent."""
@@ -109,6 +110,7 @@ class Wandb:
 
     def log(self, images_seen: int, values: Mapping[str, float]) -> None:
         self._send(images_seen, dict(values))
+        self._send_watched()
 
     def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
         """Show a picture."""
@@ -167,6 +169,15 @@ class Wandb:
                 {**fresh, "train/images_seen": images_seen}, step=self._sent.note(fresh, images_seen), commit=True
             )
         )
+
+    def _send_watched(self) -> None:
+        """Scores that were made beside the training since the last look, each at the images it is of."""
+        watched = self._run_dir.watched
+        size = watched.stat().st_size if watched.exists() else 0
+        if size > self._watched_bytes:
+            self._watched_bytes = size
+            for line in self._run_dir.read_lines(watched):
+                self._send(line["images_seen"], line["scores"])
 
     def _try(self, call: Callable[[], None]) -> None:
         try:

@@ -29,12 +29,12 @@ Outcome = Literal["finished", "preempted", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Fires when training crosses a multiple of `every_images`; 0 never fires."""
+    """Fires when training crosses a multiple of `every_images`, or comes to its end; 0 never fires."""
 
     every_images: int
 
-    def fires(self, before: int, after: int) -> bool:
-        return self.every_images > 0 and before // self.every_images != after // self.every_images
+    def fires(self, before: int, after: int, *, end: bool = False) -> bool:
+        return self.every_images > 0 and (end or before // self.every_images != after // self.every_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,8 @@ def fit(run: Run) -> Outcome:
                 _started(run)
             last = run.images_seen >= run.total_images
             run.due = Due(
-                evaluate=run.evaluate_clock.fires(before, run.images_seen) or last,
-                show=run.sample_clock.fires(before, run.images_seen) or last,
+                evaluate=run.evaluate_clock.fires(before, run.images_seen, end=last),
+                show=run.sample_clock.fires(before, run.images_seen, end=last),
             )
             logs = run.log_clock.fires(before, run.images_seen) or last
             saves = run.save_clock.fires(before, run.images_seen) or last
