@@ -36,7 +36,7 @@ OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditio
 .DEFAULT_GOAL := help
 .PHONY: help setup system-packages wheelhouse prebuild-ops img2dataset demo demo-openmoji compression-sweep test test-fast \
 	test-faults lint types bench model-table fetch-weights toy plan precompute-latents train \
-	status sample evaluate report relay clean
+	status sample evaluate report dashboard relay clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -153,9 +153,11 @@ sample: setup ## Draw captions with a trained run: RUN= ARGS='"prompts=[a captio
 evaluate: setup ## Score a trained run: RUN= ARGS=
 	python evaluate.py run_dir=$(RUN) $(ARGS)
 
-report: setup ## Write report.html again: RUN=
-	python -c 'import pathlib, sys; from ldm_scale.core.run_dir import RunDir; from ldm_scale.tracking.report import write_report; \
-	print(write_report(RunDir(pathlib.Path(sys.argv[1]))))' $(RUN)
+report: setup ## Write report.html again: RUN=; or several runs side by side, comparison.html: RUNS="a b"
+	@python -m ldm_scale.jobs.report $(or $(RUNS),$(RUN)) $(ARGS)
+
+dashboard: setup ## A W&B workspace with the panels of docs/dashboard.md, of what a run logs: RUN=
+	@python -m ldm_scale.jobs.dashboard $(RUN) $(ARGS)
 
 relay: setup ## On a machine with internet: follow a run without it into W&B, live or afterwards: RUN= ARGS=--once
 	@python -m ldm_scale.jobs.relay $(RUN) $(ARGS)

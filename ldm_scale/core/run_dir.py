@@ -82,6 +82,11 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def repro(self) -> Path:
+        """`{launches: [...]}`: what each process of the run was made of."""
+        return self.path / "repro.json"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 

@@ -54,19 +54,14 @@ def record(
         "packages": dict(sorted({d.metadata["Name"]: d.version for d in metadata.distributions()}.items())),
         "code": _code(run_dir),
     }
-    storage.write_json(path(run_dir), {"launches": [*launches(run_dir), launch]})
-
-
-def path(run_dir: RunDir) -> Path:
-    """Where it lies."""
-    return run_dir.path / "repro.json"
+    storage.write_json(run_dir.repro, {"launches": [*launches(run_dir), launch]})
 
 
 def launches(run_dir: RunDir) -> list[dict[str, Any]]:
     """What was recorded so far, in order of time."""
-    if not path(run_dir).exists():
+    if not run_dir.repro.exists():
         return []
-    found: list[dict[str, Any]] = storage.read_json(path(run_dir))["launches"]
+    found: list[dict[str, Any]] = storage.read_json(run_dir.repro)["launches"]
     return found
 
 
@@ -77,7 +72,7 @@ def launch_of(run_dir: RunDir, images: int) -> dict[str, Any]:
     """
     found = [launch for launch in launches(run_dir) if launch["images_seen"] < images]
     if not found:
-        raise FileNotFoundError(f"{path(run_dir)} tells of no launch that trained up to {images:,} images")
+        raise FileNotFoundError(f"{run_dir.repro} tells of no launch that trained up to {images:,} images")
     return found[-1]
 
 

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.tracking.goodput import LAUNCHES
+from ldm_scale.tracking.goodput import LAUNCHES, gpu_hours
 
 STALE_S = 900.0
 """Seconds without a sign of life after which a running run counts as stale."""
@@ -93,7 +93,7 @@ class RunStatus:
             alerts=len(alerts),
             last_alert=alerts[-1] if alerts else "",
             gpus=launches[-1]["world"] if launches else 0,
-            gpu_hours=_gpu_hours(launches, signs),
+            gpu_hours=gpu_hours(launches, signs)(now),
             restarts=max(0, len(launches) - 1),
             host=status["host"],
         )
@@ -119,16 +119,6 @@ def _last(lines: Sequence[dict[str, Any]], name: str) -> float | None:
     """The last logged value; None where there is none, or it was not finite."""
     value: float | None = next((line[name] for line in reversed(lines) if name in line), None)
     return value
-
-
-def _gpu_hours(launches: Sequence[dict[str, Any]], signs: Sequence[float]) -> float:
-    """From each launch to the last sign of life before the next one, times its processes."""
-    seconds = 0.0
-    ends = [launch["time"] for launch in launches[1:]] + [float("inf")]
-    for launch, end in zip(launches, ends, strict=True):
-        lived = [sign for sign in signs if launch["time"] <= sign < end]
-        seconds += launch["world"] * (max(lived, default=launch["time"]) - launch["time"])
-    return seconds / 3600
 
 
 def show(runs: Sequence[RunStatus]) -> Table:

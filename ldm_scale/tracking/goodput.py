@@ -8,9 +8,9 @@ Every log line tells the shares so far; so where numbers are taken back, what th
 event of each launch tells when its process started, and for how long there had been none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
@@ -68,3 +68,17 @@ def idle_before(run_dir: RunDir, launched: float) -> float:
     if run_dir.status.exists():
         signs.append(storage.read_json(run_dir.status)["time"])
     return launched - max((sign for sign in signs if sign < launched), default=launched)
+
+
+def gpu_hours(launches: Sequence[Mapping[str, Any]], signs: Sequence[float]) -> Callable[[float], float]:
+    """GPU hours spent by a moment: from each launch to the last sign of life before the next one, times its processes.
+
+    launches  events that began one, in order
+    signs     moments at which the run is known to have lived, in seconds since the epoch
+    """
+    ends = [launch["time"] for launch in launches[1:]] + [float("inf")]
+    spans = []
+    for launch, end in zip(launches, ends, strict=True):
+        lived = [sign for sign in signs if launch["time"] <= sign < end]
+        spans.append((launch["world"], launch["time"], max(lived, default=launch["time"])))
+    return lambda now: sum(world * max(0.0, min(now, end) - begin) for world, begin, end in spans) / 3600

@@ -1,12 +1,13 @@
-"""`report.html`: one run on one page that opens without a server, an account or the network.
+"""`report.html`: one run, or several side by side, on one page that opens without a server, an account or the network.
 
-Reads the run directory and nothing else, so it works during a run, after a kill, and on a copy on a laptop. The page
+Reads run directories and nothing else, so it works during a run, after a kill, and on a copy on a laptop. The page
 itself (HTML, CSS, JS) lies in `page/`; this file gathers what it shows and fits it into a size that a browser likes.
 """
 
 import base64
 import io
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -19,6 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.goodput import LAUNCHES, gpu_hours
+from ldm_scale.tracking.panels import layout, section
 from ldm_scale.tracking.tracker import CAPTION_KEY, strict_json
 from ldm_scale.tracking.weights_and_biases import closing_hint
 
@@ -26,9 +29,12 @@ _PICTURE_BYTES = 12_000_000  # of all pictures together; a third more as base64
 _ONE_PICTURE_BYTES = 400_000  # a larger PNG is shown as WebP
 _LONGEST_SIDE = 1600  # of a picture shown as WebP, in pixels
 _POINTS = 800  # of a curve; longer ones keep the smallest and largest value of each stretch
+_TICKS = 200  # moments at which hours are known; between them they are interpolated
 _EVENTS = 300  # newest that are listed
-_NOT_VALUES = ("images_seen", "time")
-_FAMILY = re.compile(r"_(t\d{3}|min|median|max)$|(?<=^perf/split)_\w+$|(?<=^perf/lost)_\w+$")  # share a chart
+_NOT_VALUES = ("images_seen", "time", "train/images_seen")
+_FAMILY = re.compile(r"_(t\d{3}|min|median|max)$")  # of a score that is shown whole
+_NAMES = ("experiment", "name", "run_dir")  # in which any two runs differ
+_PACKAGES = ("torch", "accelerate", "deepspeed", "wandb", "numpy")
 
 
 def write_report(run_dir: RunDir) -> Path:
@@ -37,45 +43,110 @@ def write_report(run_dir: RunDir) -> Path:
     Whatever is missing (a run that has just begun, a torn line, an unreadable picture) is left out of the page.
     raises  FileNotFoundError when there is no such run directory
     """
-    if not run_dir.path.is_dir():
-        raise FileNotFoundError(f"{run_dir.path} is not a directory; give a run directory, runs/EXPERIMENT/NAME")
-    page = resources.files("ldm_scale.tracking") / "page"
-    parts = {name: (page / f"report.{name}").read_text("utf-8") for name in ("html", "css", "js")}
-    data = json.dumps(strict_json(_gather(run_dir)), ensure_ascii=False, separators=(",", ":"))
+    return _write([run_dir], run_dir.report)
+
+
+def write_comparison(run_dirs: Sequence[RunDir], page: Path) -> Path:
+    """Write one page on several runs: where their configurations differ, their curves and pictures side by side.
+
+    raises  as `write_report`; ValueError for fewer than two runs
+    """
+    if len(run_dirs) < 2:
+        raise ValueError("a comparison takes two runs or more")
+    return _write(run_dirs, page)
+
+
+def _write(run_dirs: Sequence[RunDir], file: Path) -> Path:
+    for run_dir in run_dirs:
+        if not run_dir.path.is_dir():
+            raise FileNotFoundError(f"{run_dir.path} is not a directory; give a run directory, runs/EXPERIMENT/NAME")
+    runs = [_gather(run_dir, file.parent, _PICTURE_BYTES // len(run_dirs)) for run_dir in run_dirs]
+    names = {name for run in runs for name in (*run["curves"], *(item["name"] for item in run["media"]))}
+    panels = [
+        {"section": section(panel), "title": f"{panel.code} {panel.title}", "act": panel.act_when, "names": own}
+        for panel, own in layout(names)
+    ]
+    whole = {"runs": runs, "panels": panels, "differences": _differences(runs), "written": time.time()}
+    resource = resources.files("ldm_scale.tracking") / "page"
+    parts = {name: (resource / f"report.{name}").read_text("utf-8") for name in ("html", "css", "js")}
+    data = json.dumps(strict_json(whole), ensure_ascii=False, separators=(",", ":"))
     parts["data"] = data.replace("<", "\\u003c")  # no text of the run can end the script element
     html = re.sub(r"/\*(css|js|data)\*/", lambda mark: parts[mark[1]], parts["html"])
-    with storage.atomic_write(run_dir.report) as file:
-        file.write(html.encode())
-    return run_dir.report
+    with storage.atomic_write(file) as out:
+        out.write(html.encode())
+    return file
 
 
-def _gather(run_dir: RunDir) -> dict[str, Any]:
-    """Everything the page shows, of plain JSON types."""
+def _gather(run_dir: RunDir, page_folder: Path, picture_bytes: int) -> dict[str, Any]:
+    """Everything the page shows of one run, of plain JSON types."""
     config = _read_json(run_dir.config)
     status = _read_json(run_dir.status)
     lines = run_dir.read_metrics()
     events = run_dir.read_events()
     stamps = [line["time"] for line in [*lines, *events]]
+    saved = sorted(run_dir.checkpoints.glob("images_*[0-9]/complete.json"))
     parts = run_dir.path.absolute().parts
     return {
         "experiment": parts[-2],
         "name": parts[-1],
         "path": str(run_dir.path),
-        "written": time.time(),
         "status": status,
         "images_seen": max([line["images_seen"] for line in lines] + [int(status.get("images", 0))]),
         "total_images": _total_images(config),
         "first": min(stamps, default=None),
         "last": max(stamps, default=None),
-        "charts": _charts(_series(lines)),
+        "saved": saved[-1].stat().st_mtime if saved else None,
+        "alerts": len(run_dir.read_lines(run_dir.alerts)),
+        "clock": _clock(run_dir.read_lines(run_dir.metrics), events),  # not what watches beside it logged, later
+        "curves": _curves(lines),
         "scores": _scores(lines, events),
-        "media": _media(run_dir.media),
+        "media": _media(run_dir.media, picture_bytes),
         "events": events[-_EVENTS:][::-1],
         "events_left_out": max(0, len(events) - _EVENTS),
+        "launches": _launches(_read_json(run_dir.repro)),
         "config": config,
-        "files": _files(run_dir),
+        "files": _files(run_dir, page_folder),
         "commands": _commands(run_dir, config),
     }
+
+
+def _clock(lines: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+    """What was spent by when: [images_seen, GPU hours, hours since the first launch]."""
+    launches = [event for event in events if event["event"] in LAUNCHES]
+    if not launches or not lines:
+        return []
+    spent = gpu_hours(launches, [line["time"] for line in lines])
+    ticks = {0: launches[0]["time"]} | {line["images_seen"]: line["time"] for line in lines}
+    every = -(-len(ticks) // _TICKS)
+    shown = [*list(ticks.items())[:-1:every], list(ticks.items())[-1]]
+    return [[images, spent(moment), (moment - launches[0]["time"]) / 3600] for images, moment in shown]
+
+
+def _launches(repro: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How each process of a run was started, and on what."""
+    told = ("time", "images_seen", "host", "engine", "code", "data", "order_id", "command", "python", "platform")
+    return [
+        {
+            **{key: launch[key] for key in told if launch.get(key) is not None},
+            "packages": {name: version for name, version in launch["packages"].items() if name in _PACKAGES},
+        }
+        for launch in repro.get("launches", [])
+    ]
+
+
+def _differences(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Configuration keys whose values are not the same in all runs, with each run's value; "-" where it has none."""
+    flat = [dict(_leaves(run["config"])) for run in runs]
+    keys = dict.fromkeys(key for leaves in flat for key in leaves if key not in _NAMES)
+    values = {key: [leaves.get(key, "-") for leaves in flat] for key in keys}
+    return [{"key": key, "values": held} for key, held in values.items() if any(value != held[0] for value in held)]
+
+
+def _leaves(part: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value of a configuration under its dotted key; a list is a value."""
+    if not isinstance(part, dict):
+        return [(key, part)]
+    return [leaf for name, inner in part.items() for leaf in _leaves(inner, f"{key}.{name}" if key else name)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -94,16 +165,14 @@ def _total_images(config: Mapping[str, Any]) -> int | None:
     return next((total for total in inner if total is not None), None)
 
 
-def _series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     """For each name its points, [images_seen, value]; values that were not finite are left out."""
     points: dict[str, list[list[float]]] = defaultdict(list)
     for line in lines:
         for name, value in line.items():
             if name not in _NOT_VALUES and isinstance(value, (int, float)):
                 points[name].append([line["images_seen"], value])
-    points.pop("train/images_seen", None)
-    losses_first = sorted(points, key=lambda name: ("loss" not in name, name))
-    return {name: _thinned(points[name]) for name in losses_first}
+    return {name: _thinned(values) for name, values in points.items()}
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
@@ -117,17 +186,6 @@ def _thinned(points: list[list[float]]) -> list[list[float]]:
         extremes = (min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1]))
         kept += sorted({tuple(point): point for point in extremes}.values())
     return [*kept, points[-1]]
-
-
-def _charts(series: Mapping[str, list[list[float]]]) -> list[dict[str, Any]]:
-    """One chart a name, but for families (`val/loss_t000`, `val/loss_t100`, ...), whose curves share one."""
-    charts: dict[str, dict[str, Any]] = {}
-    for name, points in series.items():
-        family = _FAMILY.sub("", name) if _FAMILY.search(name) else None
-        title = name if family is None else f"{family}_*"
-        chart = charts.setdefault(title, {"title": title, "group": name.split("/")[0], "curves": []})
-        chart["curves"].append({"name": name if family is None else name.removeprefix(f"{family}_"), "points": points})
-    return list(charts.values())
 
 
 def _scores(lines: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -153,10 +211,10 @@ def _scores(lines: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, An
     ]
 
 
-def _media(folder: Path) -> list[dict[str, Any]]:
+def _media(folder: Path, budget: int) -> list[dict[str, Any]]:
     """For each name its pictures, oldest first; where there are too many, evenly spaced ones and the newest."""
     names = sorted(path for path in folder.glob("*") if path.is_dir())
-    return [_pictures(path, _PICTURE_BYTES // len(names)) for path in names]
+    return [_pictures(path, budget // len(names)) for path in names]
 
 
 def _pictures(folder: Path, budget: int) -> dict[str, Any]:
@@ -201,19 +259,25 @@ def _embedded(path: Path) -> tuple[dict[str, Any], int]:
         return {"images_seen": int(path.stem), "caption": caption, "url": url, "width": image.width}, len(data)
 
 
-def _files(run_dir: RunDir) -> list[dict[str, Any]]:
-    """What a person looks for in the run directory, where it exists."""
+def _files(run_dir: RunDir, page_folder: Path) -> list[dict[str, Any]]:
+    """What a person looks for in the run directory, where it exists; links lead there from the page's folder."""
     known = {
         run_dir.metrics: "every number, one JSON object a line",
         run_dir.events: "what happened, one JSON object a line",
         run_dir.media: "pictures",
         run_dir.config: "the resolved configuration",
         run_dir.status: "how the run stands",
+        run_dir.alerts: "what somebody should know, one JSON object a line",
+        run_dir.repro: "versions, code, data and configuration of every launch",
         run_dir.checkpoints: "to resume from",
         run_dir.weights: "inference weights",
         run_dir.wandb: "W&B's files",
     }
-    return [{"path": str(path), "what": what} for path, what in known.items() if path.exists()]
+    return [
+        {"path": str(path), "link": os.path.relpath(path, page_folder), "what": what}
+        for path, what in known.items()
+        if path.exists()
+    ]
 
 
 def _commands(run_dir: RunDir, config: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """The main job, end to end and small, by the commands a user types: from shards to samples, scores and W&B."""
 
+import fnmatch
 import json
 import signal
 import socket
@@ -15,7 +16,9 @@ from PIL import Image
 
 from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import dashboard
 from ldm_scale.jobs.summary import closing
+from ldm_scale.tracking.panels import NO_DATA, OTHERS, PANELS, layout, section
 from ldm_scale.training.checkpoint import find, read_consolidated, read_state
 
 NAMES = (  # design.md section 7
@@ -25,6 +28,12 @@ NAMES = (  # design.md section 7
     | {f"val/loss{weights}_t{bucket}00" for weights in ("", "_raw") for bucket in range(10)}
     | {"eval/fd_random", "eval/caption_accuracy"}
 )
+
+OWN_MS = ("own_ms", "own_ms_min", "own_ms_median", "own_ms_max")
+ELSEWHERE = (  # what panels say of trainings that are none of these
+    "several processes", "several sources", "caption files", "VQ first stages", "first stages with a discriminator",
+    "with Inception's weights",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +83,23 @@ def test_the_closing_words_say_what_to_type(undisturbed: RunDir, capsys: pytest.
     said = capsys.readouterr().out
     assert f"python sample.py run_dir={undisturbed.path} 'prompts=[a caption]'" in said
     assert f"wandb leet inspect --summary {undisturbed.wandb}" in said
+
+
+@pytest.mark.slow
+def test_every_panel_has_its_data_and_the_workspace_names_nothing_else(world: Any, undisturbed: RunDir) -> None:
+    logged, first_stage = dashboard.logged(undisturbed), RunDir(world.path / "runs" / "autoencoder_kl_f4" / "toy")
+    for panel in PANELS:
+        of_both = logged | (dashboard.logged(first_stage) if panel.note == "first stages" else set())
+        missing = [name for name in panel.names if not fnmatch.filter(of_both, name)]
+        if panel.note == NO_DATA:
+            assert missing == list(panel.names), f"{panel.title} has data"
+        elif panel.note not in ELSEWHERE and panel.names:
+            assert len(missing) < len(panel.names), f"{panel.title} has no data"
+    assert [own for panel, own in layout(logged - {"train/images_seen"}) if section(panel) == OTHERS] == []
+    made = dashboard.workspace(logged, entity="someone", project="ldm_scale")
+    plots = [plot for part in made.sections for plot in part.panels]
+    shown = {name for plot in plots for name in (getattr(plot, "y", None) or getattr(plot, "media_keys", None) or [])}
+    assert shown == logged - {"train/images_seen"}
 
 
 @pytest.mark.slow
@@ -158,6 +184,8 @@ def test_two_processes_with_deepspeed_zero1(world: Any, undisturbed: RunDir) -> 
     ours, theirs = curve(run_dir, "train/loss"), curve(undisturbed, "train/loss")
     assert [images for images, _ in ours] == [images for images, _ in theirs]
     np.testing.assert_allclose([loss for _, loss in ours], [loss for _, loss in theirs], rtol=1e-4)
+    names = {name for panel, own in layout(dashboard.logged(run_dir)) for name in own if panel.code == "E21"}
+    assert names == {f"perf/{name}" for name in ("step_ms", *OWN_MS, "slowest_rank")}
 
 
 @pytest.mark.slow

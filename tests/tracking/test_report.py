@@ -1,5 +1,6 @@
 """The report shows what the run directory holds, stays small, survives half-written runs, and draws in a browser."""
 
+import html
 import json
 import math
 import re
@@ -15,18 +16,19 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking import report
 from ldm_scale.tracking.grid import labelled_grid
-from ldm_scale.tracking.report import write_report
+from ldm_scale.tracking.report import write_comparison, write_report
 from ldm_scale.tracking.tracker import JsonLines
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CAPTIONS = [f"a {c} {s} {p}" for c in ("red", "blue") for s in ("circle", "square") for p in ("top left", "centre")]
 
 
-def realistic_run(path: Path, *, lines: int = 400) -> RunDir:
+def realistic_run(path: Path, *, lines: int = 400, seed: int = 0) -> RunDir:
     """A run directory shaped like a finished toy training; its numbers are made up."""
-    run_dir, rng = RunDir(path), np.random.default_rng(0)
+    run_dir, rng = RunDir(path), np.random.default_rng(seed)
     tracker = JsonLines(run_dir)
     tracker.start({})
+    tracker.event(0, "start", world=2)
     total = 96 * lines * 10
     for i in range(1, lines + 1):
         seen, part = 96 * 10 * i, i / lines
@@ -67,8 +69,17 @@ def realistic_run(path: Path, *, lines: int = 400) -> RunDir:
     tracker.event(total // 2, "resume", world=2, host="node07", reason="preempted: SIGUSR1")
     tracker.event(total, "alert", text='</script><b>"quoted" & tagged</b>', loss=float("nan"))
     tracker.finish("finished")
-    storage.write_json(run_dir.config, {"train": {"total_images": total, "seed": 0}, "unet": {"channels": [64, 128]}})
+    storage.write_json(run_dir.config, {"total_images": total, "seed": seed, "unet": {"channels": [64, 128]}})
     run_dir.write_status("finished", images=total)
+    code = {"commit": "c0ffee" * 5, "dirty": False}
+    launch = {
+        "time": 1e9,
+        "images_seen": 0,
+        "host": "node07",
+        "code": code,
+        "packages": {"torch": "2.11", "rich": "13"},
+    }
+    storage.write_json(run_dir.repro, {"launches": [launch]})
     run_dir.checkpoints.mkdir()
     return run_dir
 
@@ -84,6 +95,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return realistic_run(tmp_path_factory.mktemp("runs") / "debug_txt2img" / "first")
 
 
+@pytest.fixture(scope="module")
+def several(run_dir: RunDir) -> list[RunDir]:
+    return [run_dir, realistic_run(run_dir.path.with_name("second"), lines=200, seed=1)]
+
+
 def test_page_stands_alone_and_holds_the_run(run_dir):
     page = write_report(run_dir)
     text = page.read_text()
@@ -91,22 +107,43 @@ def test_page_stands_alone_and_holds_the_run(run_dir):
     outside = re.findall(r'(?:src|href)="(?!data:)[^#"]+"|url\((?!data:)|@import|<link[^>]+stylesheet', text)
     assert outside == [] and "/*css*/" not in text and "/*js*/" not in text
     data = data_of(page)
-    assert (data["experiment"], data["name"]) == ("debug_txt2img", "first")
-    assert data["images_seen"] == data["total_images"] == 384_000
-    assert [item["name"] for item in data["media"]] == ["samples/grid", "samples/reconstructions"]
-    assert [len(item["pictures"]) for item in data["media"]] == [10, 10]
-    titles = {chart["title"]: len(chart["curves"]) for chart in data["charts"]}
-    assert (
-        titles["train/loss"] == 1
-        and titles["val/loss_*"] == 10
-        and titles["perf/own_ms_*"] == 3
-        and titles["perf/split_*"] == 2
-    )
-    assert "train/images_seen" not in titles
-    score = next(score for score in data["scores"] if score["name"] == "eval/fd_random")
+    (run,) = data["runs"]
+    assert (run["experiment"], run["name"]) == ("debug_txt2img", "first")
+    assert run["images_seen"] == run["total_images"] == 384_000
+    assert [item["name"] for item in run["media"]] == ["samples/grid", "samples/reconstructions"]
+    assert [len(item["pictures"]) for item in run["media"]] == [10, 10]
+    assert "train/images_seen" not in run["curves"]
+    score = next(score for score in run["scores"] if score["name"] == "eval/fd_random")
     assert score["conditions"]["n"] == 2048 and score["conditions"]["sampler"]["steps"] == 25
     assert score["newest"][0] == 384_000 and score["first"][0] == 38_400
-    assert data["events"][0]["text"] == '</script><b>"quoted" & tagged</b>'
+    assert run["events"][0]["text"] == '</script><b>"quoted" & tagged</b>'
+    assert run["launches"][0]["packages"] == {"torch": "2.11"} and run["clock"][-1][0] == 384_000
+    assert {file["link"] for file in run["files"]} >= {"metrics.jsonl", "repro.json", "media"}
+
+
+def test_panels_come_in_the_dashboards_order(run_dir):
+    panels = data_of(write_report(run_dir))["panels"]
+    assert [panel["section"][0] for panel in panels] == sorted(panel["section"][0] for panel in panels)
+    names = {panel["title"]: panel["names"] for panel in panels}
+    assert names["C12 Validation loss by timestep"] == [f"val/loss_t{t:03d}" for t in range(0, 1000, 100)]
+    assert len(names["E21 Milliseconds of a step"]) == 3 and len(names["E20 Where a step's time goes"]) == 2
+    assert names["D17 Samples, fixed captions and noise"] == ["samples/grid"]
+
+
+def test_several_runs_side_by_side_begin_with_their_differences(run_dir, several, tmp_path):
+    data = data_of(write_comparison(several, tmp_path / "comparison.html"))
+    assert [run["name"] for run in data["runs"]] == ["first", "second"]
+    differences = {difference["key"]: difference["values"] for difference in data["differences"]}
+    assert differences == {"seed": [0, 1], "total_images": [384_000, 192_000]}
+    with pytest.raises(ValueError, match="two runs or more"):
+        write_comparison([run_dir], tmp_path / "comparison.html")
+
+
+def test_hours_follow_images_and_leave_out_what_nobody_ran():
+    """Two processes for an hour, none for ten, one for half an hour."""
+    events = [{"event": "start", "time": 0.0, "world": 2}, {"event": "resume", "time": 39_600.0, "world": 1}]
+    lines = [{"images_seen": seen, "time": at} for seen, at in ((10, 1800.0), (20, 3600.0), (30, 41_400.0))]
+    assert report._clock(lines, events) == [[0, 0, 0], [10, 1, 0.5], [20, 2, 1], [30, 2.5, 11.5]]
 
 
 @pytest.mark.parametrize("broken", ["nothing", "only config", "torn lines", "torn config", "torn picture"])
@@ -124,8 +161,8 @@ def test_half_written_runs_have_a_report(tmp_path, broken):
         JsonLines(run_dir).images(10, "samples/grid", np.zeros((64, 64, 3), np.uint8), "")
         (picture,) = run_dir.media.glob("*/*.png")
         picture.write_bytes(picture.read_bytes()[:60])
-    data = data_of(write_report(run_dir))
-    assert data["charts"] == [] and data["scores"] == []
+    (run,) = data_of(write_report(run_dir))["runs"]
+    assert run["curves"] == {} and run["scores"] == []
 
 
 def test_no_run_is_refused(tmp_path):
@@ -143,12 +180,11 @@ def test_long_curves_are_thinned_but_keep_their_spikes():
     assert report._thinned(points[:100]) == points[:100]
 
 
-def test_too_many_pictures_are_left_out_evenly(tmp_path, monkeypatch):
+def test_too_many_pictures_are_left_out_evenly(tmp_path):
     run_dir, rng = RunDir(tmp_path), np.random.default_rng(0)
     for seen in range(0, 400, 10):
         JsonLines(run_dir).images(seen, "samples/grid", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), "")
-    monkeypatch.setattr(report, "_PICTURE_BYTES", 9 * 13_000)
-    (viewer,) = report._media(run_dir.media)
+    (viewer,) = report._media(run_dir.media, 9 * 13_000)
     seen = [picture["images_seen"] for picture in viewer["pictures"]]
     assert seen[0] == 0 and seen[-1] == 390 and len(seen) == 9 and viewer["left_out"] == 31
     assert max(np.diff(seen)) <= 60
@@ -177,23 +213,88 @@ def chromium(page: Path, folder: Path, *options: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (make system-packages)")
+
+USE = """<script>
+{  // a block, for names of its own
+const found = {}, $ = (query) => document.querySelector(query), all = (query) => [...document.querySelectorAll(query)];
+const set = (node, value, kind) => { node.value = value; node.dispatchEvent(new Event(kind)); };
+const chart = (title) => all(".chart").find((node) => node.querySelector("b").textContent.startsWith(title));
+const viewer = $(".viewer"), slider = viewer.querySelector("input");
+const newest = viewer.querySelector("img").src;
+set(slider, 0, "input");
+found.slider = [viewer.querySelector("img").src !== newest, viewer.querySelector(".soft").textContent];
+const many = chart(all(".legend").length ? all(".legend")[0].parentNode.querySelector("b").textContent : "");
+const paths = () => many.querySelectorAll("svg path").length, before = paths();
+many.querySelector(".legend button").click();
+found.legend = before - paths();
+const loss = chart("B5"), line = () => loss.querySelector("svg path:last-of-type").getAttribute("d"), whole = line();
+set($("#smoothing"), 0.9, "input");
+found.smoothing = line() !== whole;
+set($("#smoothing"), 0, "input");
+$("#log").click();
+found.log = line() !== whole;
+$("#log").click();
+const svg = loss.querySelector("svg"), box = svg.getBoundingClientRect();
+const pointer = (kind, part) => svg.dispatchEvent(
+  new PointerEvent(kind, { pointerType: "mouse", clientX: box.left + part * box.width }));
+pointer("pointerdown", 0.3); pointer("pointermove", 0.5); pointer("pointerup", 0.6);
+found.zoom = line().length < whole.length && !loss.querySelector("button").hidden;
+loss.querySelector("button").click();
+found.whole = line() === whole;
+set($("#axis"), "gpu_hours", "change");
+found.axis = loss.querySelector(".value").textContent;
+$("#axis").value = "images"; $("#axis").dispatchEvent(new Event("change"));
+$("#data").textContent = "";
+document.title = JSON.stringify(found);
+}
+</script>"""
+
+
+def used(page: Path, folder: Path) -> dict[str, object]:
+    """What the page's controls do, tried by a script in the page itself; fails on anything in the console."""
+    copy = folder / "used.html"
+    copy.write_text(page.read_text().replace("</body>", USE + "</body>"))
+    done = chromium(copy, folder, "--window-size=1280,2400", "--dump-dom")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title
+    return json.loads(html.unescape(title[1]))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
-@pytest.mark.parametrize("width", [1280, 500])
-def test_browser_draws_the_page_without_errors(run_dir, tmp_path, width):
+@needs_chromium
+def test_every_control_works(run_dir, several, tmp_path):
+    one = used(write_report(run_dir), tmp_path)
+    assert one.pop("slider") == [True, "38,400 images"] and "GPU hours" in str(one.pop("axis"))
+    assert one.pop("legend") == 1 and set(one.values()) == {True}
+    both = used(write_comparison(several, tmp_path / "comparison.html"), tmp_path)
+    assert both.pop("slider") == [True, "38,400 images"] and "GPU hours" in str(both.pop("axis"))
+    assert both.pop("legend") == 1 and set(both.values()) == {True}
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_browser_draws_the_page_without_errors(run_dir, tmp_path, scheme):
     page, shot = write_report(run_dir), tmp_path / "report.png"
-    done = chromium(page, tmp_path, f"--window-size={width},2400", f"--screenshot={shot}")
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    width = 500 if scheme == "dark" else 1280
+    done = chromium(page, tmp_path, *dark, f"--window-size={width},2400", f"--screenshot={shot}")
     assert "CONSOLE" not in done.stderr, done.stderr
     with Image.open(shot) as image:
         assert image.width == width and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+        assert (np.asarray(image.convert("L"))[5, 5] > 128) == (scheme == "light")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+@needs_chromium
 def test_browser_builds_every_section(run_dir, tmp_path):
     done = chromium(write_report(run_dir), tmp_path, "--dump-dom")
     body = done.stdout.split('<script id="data"')[0]
-    for section in ("scores", "media", "curves", "events", "config", "files"):
+    for section in ("B", "C", "D", "E", "events", "launches", "config", "files"):
         assert re.search(rf'<section id="{section}"[^>]*><h2>', body), section
-    assert body.count('<div class="chart">') == len(data_of(run_dir.report)["charts"])
+    numbers = [panel for panel in data_of(run_dir.report)["panels"] if not panel["names"][0].startswith("samples/")]
+    assert body.count('<div class="chart">') == len(numbers) + 1  # and the map of timesteps
+    assert 'class="mark resume"' in body
     assert "<b>&quot;quoted" not in body and "&lt;/script&gt;&lt;b&gt;" in body

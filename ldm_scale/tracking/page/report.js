@@ -1,11 +1,13 @@
 "use strict";
-const run = JSON.parse(document.getElementById("data").textContent);
+const page = JSON.parse(document.getElementById("data").textContent);
+const runs = page.runs;
+const several = runs.length > 1;
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 
 /** An element with attributes (`on...` are listeners) and children; strings become text, never markup. */
 function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path", "line", "text", "g", "circle"].includes(tag);
+  const svg = ["svg", "path", "line", "text", "g", "circle", "rect", "title"].includes(tag);
   const node = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -45,28 +47,59 @@ const pairs = (fields) => leaves(fields, "").map(([name, value]) =>
   make("span", { class: "pair", title: plain(value) }, make("b", {}, `${name} `), abridged(plain(value))));
 const nothing = (text) => make("p", { class: "empty" }, text);
 
+const label = (run) => (several && runs.every((other) => other.experiment === run.experiment) ? run.name : `${run.experiment}/${run.name}`);
+const hue = (i) => `hsl(${(213 + i * 137) % 360} 62% 54%)`;
+const swatch = (background) => make("i", { style: `background:${background}` });
+const titled = (run, i, ...content) => (several ? [make("h3", {}, swatch(hue(i)), label(run)), ...content.flat()] : content.flat());
+
 // ---------------------------------------------------------------- header
-function header() {
-  const state = run.status.state || "unknown";
-  const done = run.total_images ? Math.min(1, run.images_seen / run.total_images) : null;
-  const facts = [
+const share = (run) => (run.total_images ? Math.min(1, run.images_seen / run.total_images) : null);
+function state(run) {
+  const word = run.status.state || "unknown";
+  return make("span", { class: `state ${word}`, title: run.status.reason || "" }, word);
+}
+
+/** What is known of how a run stands, as [name, text]. */
+function facts(run) {
+  const done = share(run);
+  const spent = run.clock.length ? run.clock.at(-1) : null;
+  const code = run.launches.length ? run.launches.at(-1).code : null;
+  const whole_cost = spent && done && done < 1 ? `, ${tidy(spent[1] / done, 3)} at completion` : "";
+  return [
     ["Images seen", whole(run.images_seen) + (run.total_images ? ` of ${whole(run.total_images)}` : "")],
     ["Progress", done === null ? "-" : `${(100 * done).toFixed(1)} %`],
+    ["GPU hours", spent ? tidy(spent[1], 3) + whole_cost : "-"],
+    ["Since the first launch", spent ? span(3600 * spent[2]) : "-"],
+    ["Launches", String(run.launches.length || "-")],
     ["First record", date(run.first)],
     ["Last record", date(run.last)],
-    ["Between them", run.first === null ? "-" : span(run.last - run.first)],
+    ["Newest checkpoint", run.saved ? `${span(Math.max(0, page.written - run.saved))} before this page` : "none"],
+    ["Alerts", String(run.alerts)],
     ["Host", run.status.host || "-"],
+    ["Code", code ? `${code.commit.slice(0, 10)}${code.dirty ? ", changed" : ""}` : "-"],
+    ...(run.status.reason ? [["Reason", run.status.reason]] : []),
   ];
-  if (run.status.reason) facts.push(["Reason", run.status.reason]);
-  document.title = `${run.experiment}/${run.name}: ${state}`;
-  byId("header").append(
-    make("div", { class: "top" },
-      make("h1", {}, make("small", {}, run.experiment), run.name),
-      make("span", { class: `state ${state}` }, state)),
-    make("div", { class: "progress", role: "progressbar", "aria-valuenow": Math.round(100 * (done || 0)), "aria-label": "progress" },
-      make("div", { style: `width:${100 * (done || 0)}%` })),
-    make("dl", { class: "facts" }, facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))));
-  byId("footer").append(`Written ${date(run.written)} from ${run.path}. Reload after the report has been written anew.`);
+}
+
+function header() {
+  if (several) {
+    document.title = runs.map(label).join(", ");
+    byId("header").append(make("h1", {}, make("small", {}, "side by side"), `${runs.length} runs`));
+    const names = facts(runs[0]).map(([name]) => name).filter((name) => name !== "Reason");
+    const rows = runs.map((run, i) => [["mono name", swatch(hue(i)), label(run)], ["", state(run)],
+      ...names.map((name) => ["number", facts(run).find((fact) => fact[0] === name)[1]])]);
+    byId("header").append(make("div", { class: "below" }, table([["", "Run"], ["", "State"], ...names.map((name) => ["number", name])], rows)));
+  } else {
+    const run = runs[0];
+    const done = share(run) || 0;
+    document.title = `${run.experiment}/${run.name}: ${run.status.state || "unknown"}`;
+    byId("header").append(
+      make("div", { class: "top" }, make("h1", {}, make("small", {}, run.experiment), run.name), state(run)),
+      make("div", { class: "progress", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-label": "progress" },
+        make("div", { style: `width:${100 * done}%` })),
+      make("dl", { class: "facts" }, facts(run).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))));
+  }
+  byId("footer").append(`Written ${date(page.written)} from ${runs.map((run) => run.path).join(", ")}. Reload after the page has been written anew.`);
 }
 
 // ---------------------------------------------------------------- tables
@@ -77,29 +110,56 @@ function table(heads, rows) {
     make("tbody", {}, rows.map((row) => make("tr", {}, row.map(cell("td")))))));
 }
 
-function scores() {
-  if (!run.scores.length) return nothing("No scores yet.");
-  return table(
-    [["", "Score"], ["number", "Newest"], ["number", "at images"], ["number", "First"], ["number", "at images"], ["", "Conditions"]],
-    run.scores.map((score) => [
-      ["mono", score.name], ["number", make("strong", {}, tidy(score.newest[1], 5))], ["number soft", whole(score.newest[0])],
-      ["number", tidy(score.first[1], 5)], ["number soft", whole(score.first[0])],
-      ["wrap", ...(Object.keys(score.conditions).length ? pairs(score.conditions) : [make("span", { class: "soft" }, "not recorded")])],
-    ]));
+function differences() {
+  if (!page.differences.length) return nothing("The configurations are the same.");
+  return table([["", "Key"], ...runs.map((run, i) => ["", swatch(hue(i)), label(run)])],
+    page.differences.map(({ key, values }) => [["mono", key], ...values.map((value) => ["mono wrap", plain(value)])]));
 }
 
-function events() {
-  if (!run.events.length) return nothing("Nothing recorded yet.");
+function scores() {
+  const rows = runs.flatMap((run, i) => run.scores.map((score) => [score.name, [
+    ["mono", score.name], ...(several ? [["mono name", swatch(hue(i)), label(run)]] : []),
+    ["number", make("strong", {}, tidy(score.newest[1], 5))], ["number soft", whole(score.newest[0])],
+    ["number", tidy(score.first[1], 5)], ["number soft", whole(score.first[0])],
+    ["wrap", ...(Object.keys(score.conditions).length ? pairs(score.conditions) : [make("span", { class: "soft" }, "not recorded")])],
+  ]]));
+  if (!rows.length) return nothing("No scores yet.");
+  rows.sort((a, b) => a[0].localeCompare(b[0]));  // stable: runs keep their order
+  return table([["", "Score"], ...(several ? [["", "Run"]] : []), ["number", "Newest"], ["number", "at images"],
+    ["number", "First"], ["number", "at images"], ["", "Conditions"]], rows.map((row) => row[1]));
+}
+
+function events(run) {
+  if (!run.events.length) return [nothing("Nothing recorded yet.")];
   const rows = run.events.map(({ time, images_seen, event, ...fields }) => [
     ["soft number", date(time)], ["number", whole(images_seen)], ["mono", event], ["wrap", ...pairs(fields)]]);
   const all = table([["number", "Time"], ["number", "Images seen"], ["", "Event"], ["", "Details"]], rows);
-  if (run.events_left_out) return [all, make("p", { class: "soft" }, `${whole(run.events_left_out)} older ones are in events.jsonl.`)];
-  return all;
+  const older = make("p", { class: "soft" }, `${whole(run.events_left_out)} older ones are in events.jsonl.`);
+  return run.events_left_out ? [all, older] : [all];
+}
+
+function launches(run) {
+  if (!run.launches.length) return [nothing("repro.json is not there yet.")];
+  const rows = run.launches.map(({ time, images_seen, host, ...rest }) => [
+    ["soft number", date(time)], ["number", whole(images_seen)], ["mono", host], ["wrap", ...pairs(rest)]]);
+  return [table([["number", "Launched"], ["number", "At images"], ["", "Host"], ["", "Engine, code, data, packages"]], rows)];
 }
 
 // ---------------------------------------------------------------- curves
-const settings = { smooth: 0, log: false };
+const AXES = { images: "images seen", gpu_hours: "GPU hours", hours: "hours since the first launch" };
+const MARKED = { resume: "resumed", rollback: "rolled back", trouble: "trouble", save_failed: "save failed", failed: "failed" };
+const settings = { smooth: 0, axis: "images" };
 const charts = [];
+
+/** Where `images` lies on the chosen axis. */
+function along(run, images) {
+  const place = settings.axis === "gpu_hours" ? 1 : 2;
+  if (settings.axis === "images" || !run.clock.length) return images;
+  const after = run.clock.findIndex((tick) => tick[0] >= images);
+  if (after <= 0) return run.clock.at(after)[place];
+  const [before, next] = [run.clock[after - 1], run.clock[after]];
+  return before[place] + ((images - before[0]) / (next[0] - before[0])) * (next[place] - before[place]);
+}
 
 /** Exponential moving average with the early bias taken out; `weight` in 0..1 of what came before. Short curves stay. */
 function smoothed(points, weight) {
@@ -134,23 +194,38 @@ function logSteps(low, high) {
 }
 
 function colour(i, count) {
+  if (several) return hue(i);
   if (count === 1) return "var(--accent)";
   return `hsl(${Math.round(215 + (i * 165) / Math.max(1, count - 1)) % 360} 62% 54%)`;
 }
 
+/** Names without what they all begin with, up to a / or _. */
+function shortened(names) {
+  let common = names[0];
+  for (const name of names) while (!name.startsWith(common)) common = common.slice(0, -1);
+  if (names.length === 1 || names.includes(common)) common = names[0].slice(0, names[0].lastIndexOf("/") + 1);
+  const cut = Math.max(common.lastIndexOf("/"), common.lastIndexOf("_")) + 1;
+  return names.map((name) => name.slice(cut));
+}
+
 class Chart {
-  constructor(spec) {
-    this.curves = spec.curves;
+  /** `curves`: [{name, run, points: [[images, value], ...]}], none without points. */
+  constructor(title, act, curves) {
+    this.curves = curves.map((curve, i) => ({ ...curve, colour: colour(i, curves.length), hidden: false }));
     this.log = false;
+    this.zoom = null;
     this.value = make("div", { class: "value" });
-    this.svg = make("svg", { role: "img", "aria-label": spec.title, onpointermove: (e) => this.hover(e), onpointerleave: () => this.rest() });
+    this.svg = make("svg", { role: "img", "aria-label": title,
+      onpointermove: (e) => this.hover(e), onpointerleave: () => this.rest(), onpointerdown: (e) => this.press(e),
+      onpointerup: (e) => this.release(e), ondblclick: () => this.zoomTo(null) });
     this.button = make("button", { type: "button", "aria-pressed": "false", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
-    this.readings = spec.curves.map(() => make("span", { class: "reading" }));
-    const legend = make("div", { class: "legend" }, spec.curves.map((curve, i) =>
-      make("span", {}, make("i", { style: `background:${colour(i, spec.curves.length)}` }), `${curve.name} `, this.readings[i])));
+    this.whole = make("button", { type: "button", hidden: "", onclick: () => this.zoomTo(null) }, "whole");
+    this.readings = this.curves.map(() => make("span", { class: "reading" }));
+    const entry = (curve, i) => make("button", { type: "button", "aria-pressed": "true", title: "show or hide", onclick: (e) => this.toggle(i, e.currentTarget) },
+      swatch(curve.colour), `${curve.name} `, this.readings[i]);
     this.node = make("div", { class: "chart" },
-      make("div", { class: "head" }, make("b", { class: "mono" }, spec.title), this.button), this.value, this.svg,
-      spec.curves.length > 1 ? legend : null);
+      make("div", { class: "head" }, make("b", { title: act ? `act when: ${act}` : "" }, title), make("span", {}, this.whole, this.button)),
+      this.value, this.svg, this.curves.length > 1 ? make("div", { class: "legend" }, this.curves.map(entry)) : null);
   }
 
   setLog(on) {
@@ -159,16 +234,35 @@ class Chart {
     this.draw();
   }
 
+  toggle(i, button) {
+    this.curves[i].hidden = !this.curves[i].hidden;
+    button.setAttribute("aria-pressed", String(!this.curves[i].hidden));
+    this.draw();
+  }
+
+  zoomTo(range) {
+    this.zoom = range;
+    this.whole.toggleAttribute("hidden", range === null);
+    this.draw();
+  }
+
   draw() {
     const [width, height, left, right, top, bottom] = [this.svg.clientWidth || 380, 190, 48, 10, 8, 22];
-    this.lines = this.curves.map((curve) => smoothed(curve.points, settings.smooth));
-    const visible = ([, y]) => !this.log || y > 0;
-    const all = [...this.lines.flat(), ...(settings.smooth ? [] : this.curves.flatMap((c) => c.points))].filter(visible);
+    this.edges = [left, width - right];
+    const placed = ({ run }, points) => points.map(([images, y]) => [along(run, images), y]);
+    this.raw = this.curves.map((curve) => placed(curve, curve.points));
+    this.lines = this.curves.map((curve) => placed(curve, smoothed(curve.points, settings.smooth)));
+    const within = ([x]) => !this.zoom || (x >= this.zoom[0] && x <= this.zoom[1]);
+    const visible = (point) => within(point) && (!this.log || point[1] > 0);
+    const shown = (_, i) => !this.curves[i].hidden;
+    const all = [...this.lines.filter(shown).flat(), ...(settings.smooth ? [] : this.raw.filter(shown).flat())].filter(visible);
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    this.x = null;
+    this.cursor = make("g", {});
     if (!all.length) return this.rest();
-    const xs = all.map((p) => p[0]), ys = all.map((p) => p[1]);
-    let [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+    const span = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
+    let [[x0, x1], [y0, y1]] = [this.zoom || span(all.map((p) => p[0])), span(all.map((p) => p[1]))];
     if (x0 === x1) x1 = x0 + 1;
     if (this.log) [y0, y1] = y0 === y1 ? [y0 / 2, y1 * 2] : [y0 / 1.05, y1 * 1.05];
     else {
@@ -177,6 +271,7 @@ class Chart {
     }
     const scale = this.log ? Math.log : (y) => y;
     this.x = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - right);
+    this.back = (px) => x0 + ((px - left) / (width - left - right)) * (x1 - x0);
     this.y = (y) => height - bottom - ((scale(y) - scale(y0)) / (scale(y1) - scale(y0))) * (height - top - bottom);
     for (const y of this.log ? logSteps(y0, y1) : roundSteps(y0, y1, 5)) {
       this.svg.append(
@@ -187,23 +282,34 @@ class Chart {
       const anchor = this.x(x) > width - 30 ? "end" : "middle";
       this.svg.append(make("text", { x: anchor === "end" ? width - right : this.x(x), y: height - 5, "text-anchor": anchor }, short(x)));
     }
+    if (!several) this.mark(x0, x1, top, height - bottom);
     this.curves.forEach((curve, i) => {
-      const stroke = colour(i, this.curves.length);
+      if (curve.hidden) return;
       const path = (points) => points.filter(visible).map((p, k) => `${k ? "L" : "M"}${this.x(p[0]).toFixed(1)} ${this.clamp(this.y(p[1]), top, height - bottom).toFixed(1)}`).join("");
-      if (settings.smooth && this.curves.length === 1) this.svg.append(make("path", { class: "raw", style: `stroke:${stroke}`, d: path(curve.points) }));
-      this.svg.append(make("path", { style: `stroke:${stroke}`, d: path(this.lines[i]) }));
-      if (curve.points.length === 1) this.svg.append(make("circle", { cx: this.x(curve.points[0][0]), cy: this.y(curve.points[0][1]), r: 3, style: `fill:${stroke}` }));
+      if (settings.smooth && (several || this.curves.length === 1)) this.svg.append(make("path", { class: "raw", style: `stroke:${curve.colour}`, d: path(this.raw[i]) }));
+      this.svg.append(make("path", { style: `stroke:${curve.colour}`, d: path(this.lines[i]) }));
+      const points = this.lines[i].filter(visible);
+      if (points.length < 8) this.svg.append(...points.map(([x, y]) => make("circle", { cx: this.x(x), cy: this.y(y), r: 2.5, style: `fill:${curve.colour}` })));
     });
-    this.cursor = make("g", {});
     this.svg.append(this.cursor);
     return this.rest();
+  }
+
+  /** A line where something happened to the run. */
+  mark(x0, x1, top, bottom) {
+    for (const event of runs[0].events) {
+      const x = along(runs[0], event.images_seen);
+      if (!(event.event in MARKED) || x < x0 || x > x1) continue;
+      this.svg.append(make("line", { class: `mark ${event.event}`, x1: this.x(x), x2: this.x(x), y1: top, y2: bottom },
+        make("title", {}, `${MARKED[event.event]} at ${whole(event.images_seen)} images`)));
+    }
   }
 
   clamp(y, low, high) { return Math.max(low, Math.min(high, y)); }
 
   rest() {
-    if (this.cursor) this.cursor.replaceChildren();
-    this.read(this.curves.map((curve) => curve.points.at(-1)), `${short(this.curves[0].points.at(-1)[0])} images`);
+    this.cursor.replaceChildren();
+    this.read(this.lines.map((points) => points.at(-1)), `${short(Math.max(...this.lines.map((points) => points.at(-1)[0])))} ${AXES[settings.axis]}`);
   }
 
   /** Say the values of `points`, one a curve: over the chart where there is one curve, in the legend where there are more. */
@@ -212,86 +318,153 @@ class Chart {
     points.forEach((point, i) => { this.readings[i].textContent = tidy(point[1], 3); });
   }
 
+  at(event) { return this.clamp(event.clientX - this.svg.getBoundingClientRect().left, ...this.edges); }
+
+  press(event) {
+    if (this.x && event.pointerType === "mouse") this.pressed = this.at(event);
+  }
+
+  release(event) {
+    const [from, to] = [this.pressed, this.at(event)];
+    this.pressed = undefined;
+    if (from !== undefined && Math.abs(to - from) > 6) this.zoomTo([this.back(Math.min(from, to)), this.back(Math.max(from, to))]);
+  }
+
   hover(event) {
     if (!this.x) return;
-    const px = event.clientX - this.svg.getBoundingClientRect().left;
-    const near = this.lines.map((points) => points.reduce((best, p) => (Math.abs(this.x(p[0]) - px) < Math.abs(this.x(best[0]) - px) ? p : best)));
-    const at = near.reduce((best, p) => (Math.abs(this.x(p[0]) - px) < Math.abs(this.x(best[0]) - px) ? p : best));
-    this.cursor.replaceChildren(make("line", { class: "cursor", x1: this.x(at[0]), x2: this.x(at[0]), y1: 8, y2: 168 }),
-      ...near.filter((p) => !this.log || p[1] > 0).map((p, i) => make("circle", { cx: this.x(p[0]), cy: this.clamp(this.y(p[1]), 8, 168), r: 3, style: `fill:${colour(i, this.curves.length)}` })));
-    this.read(near, `${whole(at[0])} images`);
+    const px = this.at(event);
+    const nearer = (best, p) => (Math.abs(this.x(p[0]) - px) < Math.abs(this.x(best[0]) - px) ? p : best);
+    const near = this.lines.map((points) => points.reduce(nearer));
+    const at = near.filter((_, i) => !this.curves[i].hidden).reduce(nearer);
+    const dragged = this.pressed === undefined ? [] : [make("rect", { class: "drag", x: Math.min(px, this.pressed), width: Math.abs(px - this.pressed), y: 8, height: 160 })];
+    const dots = this.curves.map((curve, i) => [curve, near[i]]).filter(([curve, p]) => !curve.hidden && (!this.log || p[1] > 0));
+    this.cursor.replaceChildren(...dragged, make("line", { class: "cursor", x1: this.x(at[0]), x2: this.x(at[0]), y1: 8, y2: 168 }),
+      ...dots.map(([curve, p]) => make("circle", { cx: this.x(p[0]), cy: this.clamp(this.y(p[1]), 8, 168), r: 3, style: `fill:${curve.colour}` })));
+    this.read(near, `${settings.axis === "images" ? whole(at[0]) : tidy(at[0], 3)} ${AXES[settings.axis]}`);
   }
 }
 
-function curves() {
-  if (!run.charts.length) return nothing("No numbers yet.");
+/** One run: a chart for the panel. Several: one for each of its names, a curve for each run. */
+function chartsOf(panel) {
+  const names = panel.names.filter((name) => runs.some((run) => name in run.curves));
+  const curves = (name, shown) => runs.filter((run) => name in run.curves).map((run) => ({ name: shown || label(run), run, points: run.curves[name] }));
+  if (!names.length) return [];
+  if (!several) return [new Chart(panel.title, panel.act, shortened(names).flatMap((short, i) => curves(names[i], short)))];
+  return names.map((name) => new Chart(names.length > 1 ? `${panel.title.split(" ")[0]} ${name}` : panel.title, panel.act, curves(name)));
+}
+
+/** Validation loss by timestep over training, as a map: the newest column on the right, high timesteps on top. */
+function heat(run) {
+  const names = Object.keys(run.curves).filter((name) => /^val\/loss_t\d{3}$/.test(name)).sort();
+  if (!names.length || run.curves[names[0]].length < 2) return [];
+  const columns = run.curves[names[0]].length;
+  const logs = names.map((name) => run.curves[name].map(([, y]) => Math.log(Math.max(y, 1e-12))));
+  const [low, high] = [Math.min(...logs.flat()), Math.max(...logs.flat())];
+  const [left, width, tall] = [48, 332, 16];
+  const svg = make("svg", { role: "img", viewBox: "0 0 380 190", preserveAspectRatio: "none", "aria-label": "validation loss by timestep" });
+  names.forEach((name, row) => {
+    const top = 8 + (names.length - 1 - row) * tall;
+    svg.append(make("text", { x: left - 7, y: top + 12, "text-anchor": "end" }, `t ${Number(name.slice(-3))}`));
+    run.curves[name].forEach(([images, y], column) => {
+      const heat = (logs[row][column] - low) / (high - low || 1);
+      svg.append(make("rect", { x: left + (column * width) / columns, y: top, width: width / columns + 0.3, height: tall, style: `fill:hsl(${Math.round(230 - 190 * heat)} 70% ${Math.round(28 + 34 * heat)}%)` },
+        make("title", {}, `${name}: ${tidy(y)} at ${whole(images)} images`)));
+    });
+  });
+  svg.append(make("text", { x: left, y: 185 }, short(run.curves[names[0]][0][0])), make("text", { x: 380, y: 185, "text-anchor": "end" }, short(run.curves[names[0]].at(-1)[0])));
+  return [make("div", { class: "chart" },
+    make("div", { class: "head" }, make("b", {}, `C12 Map of timesteps${several ? `, ${label(run)}` : ""}`)),
+    make("div", { class: "value" }, `${tidy(Math.exp(low), 3)} (blue) to ${tidy(Math.exp(high), 3)} (yellow), by images seen`), svg)];
+}
+
+function controls() {
   const redraw = () => charts.forEach((chart) => chart.draw());
   const level = make("output", { class: "soft" }, "0");
-  const controls = make("div", { class: "controls" },
-    make("label", {}, "Smoothing", make("input", { type: "range", min: 0, max: 0.98, step: 0.02, value: 0, oninput: (e) => {
+  window.addEventListener("resize", redraw);
+  byId("controls").append(
+    make("label", {}, "Smoothing", make("input", { id: "smoothing", type: "range", min: 0, max: 0.98, step: 0.02, value: 0, oninput: (e) => {
       settings.smooth = Number(e.target.value);
       level.textContent = e.target.value;
       redraw();
     } }), level),
-    make("label", {}, make("input", { type: "checkbox", onchange: (e) => charts.forEach((chart) => chart.setLog(e.target.checked)) }), "Logarithmic scale"),
-    make("span", { class: "soft" }, "x axis: images seen"));
-  const order = ["train", "val", "eval", "perf"];
-  const rank = (group) => (order.includes(group) ? order.indexOf(group) : order.length);
-  const groups = [...new Set(run.charts.map((chart) => chart.group))].sort((a, b) => rank(a) - rank(b));
-  const drawn = groups.map((group) => {
-    const own = run.charts.filter((chart) => chart.group === group).map((spec) => new Chart(spec));
-    charts.push(...own);
-    return [make("h3", {}, group), make("div", { class: "charts" }, own.map((chart) => chart.node))];
-  });
-  window.addEventListener("resize", redraw);
-  return [controls, ...drawn.flat()];
+    make("label", {}, make("input", { id: "log", type: "checkbox", onchange: (e) => charts.forEach((chart) => chart.setLog(e.target.checked)) }), "Logarithmic"),
+    make("label", {}, "Over", make("select", { id: "axis", onchange: (e) => {
+      settings.axis = e.target.value;
+      charts.forEach((chart) => chart.zoomTo(null));
+    } }, Object.entries(AXES).map(([value, words]) => make("option", { value }, words)))),
+    make("span", { class: "soft" }, "Drag over a chart to zoom; a click in a legend hides a curve."));
 }
 
 // ---------------------------------------------------------------- pictures
-function viewer({ name, pictures, left_out: leftOut }) {
-  const image = make("img", { alt: name });
-  const caption = make("figcaption");
+/** One name's pictures of every run, under one slider over images seen. */
+function viewer(name, title) {
+  const sets = runs.map((run, i) => ({ run, i, ...run.media.find((item) => item.name === name) })).filter((set) => set.pictures && set.pictures.length);
+  if (!sets.length) return [];
+  const stops = [...new Set(sets.flatMap((set) => set.pictures.map((picture) => picture.images_seen)))].sort((a, b) => a - b);
   const position = make("span", { class: "soft" });
-  const show = (i) => {
-    image.src = pictures[i].url;
-    image.className = pictures[i].width < 256 ? "small" : "";
-    caption.textContent = pictures[i].caption;
-    position.textContent = `${whole(pictures[i].images_seen)} images`;
-  };
-  const slider = make("input", { type: "range", min: 0, max: pictures.length - 1, step: 1, value: pictures.length - 1, "aria-label": `${name}, images seen`, oninput: (e) => show(Number(e.target.value)) });
-  image.addEventListener("click", () => {
-    const dialog = make("dialog", { onclick: () => dialog.close(), onclose: () => dialog.remove() }, make("img", { src: image.src, alt: name }));
-    document.body.append(dialog);
-    dialog.showModal();
+  const shown = sets.map(({ run, i, pictures, left_out: leftOut }) => {
+    const [image, caption] = [make("img", { alt: `${name} of ${label(run)}` }), make("figcaption")];
+    image.addEventListener("click", () => {
+      const dialog = make("dialog", { onclick: () => dialog.close(), onclose: () => dialog.remove() }, make("img", { src: image.src, alt: name }));
+      document.body.append(dialog);
+      dialog.showModal();
+    });
+    const show = (images) => {
+      const picture = pictures.findLast((one) => one.images_seen <= images) || pictures[0];
+      image.src = picture.url;
+      image.className = picture.width < 256 ? "small" : "";
+      const seed = run.config.seed === undefined ? "" : `, seed ${run.config.seed}`;
+      const which = several ? `${label(run)} at ${whole(picture.images_seen)} images${seed}: ` : "";
+      caption.replaceChildren(...(several ? [swatch(hue(i))] : []), which + picture.caption + (leftOut ? ` (${leftOut} more in media/)` : ""));
+    };
+    return { show, node: make("div", {}, image, caption) };
   });
-  show(pictures.length - 1);
-  return make("figure", { class: "viewer" },
-    make("div", { class: "head" }, make("b", { class: "mono" }, name), position),
-    pictures.length > 1 ? make("div", { class: "slide" }, short(pictures[0].images_seen), slider, short(pictures.at(-1).images_seen)) : null,
-    image, caption, leftOut ? make("figcaption", {}, `${leftOut} more in media/`) : null);
-}
-
-function media() {
-  const shown = run.media.filter((item) => item.pictures.length);
-  return shown.length ? make("div", { class: "viewers" }, shown.map(viewer)) : nothing("No pictures yet.");
+  const show = (stop) => {
+    position.textContent = `${whole(stops[stop])} images`;
+    shown.forEach((one) => one.show(stops[stop]));
+  };
+  const slider = make("input", { type: "range", min: 0, max: stops.length - 1, step: 1, value: stops.length - 1, "aria-label": `${name}, images seen`, oninput: (e) => show(Number(e.target.value)) });
+  show(stops.length - 1);
+  return [make("figure", { class: several ? "viewer wide" : "viewer" },
+    make("div", { class: "head" }, make("b", {}, title), position),
+    stops.length > 1 ? make("div", { class: "slide" }, short(stops[0]), slider, short(stops.at(-1))) : null,
+    make("div", { class: "sides" }, shown.map((one) => one.node)))];
 }
 
 // ---------------------------------------------------------------- the page
-function config() {
-  if (!Object.keys(run.config).length) return nothing("config.json is not there yet.");
-  return make("details", {}, make("summary", {}, "Show the resolved configuration"), make("pre", {}, JSON.stringify(run.config, null, 2)));
+function config(run) {
+  if (!Object.keys(run.config).length) return [nothing("config.json is not there yet.")];
+  return [make("details", {}, make("summary", {}, "Show the resolved configuration"), make("pre", {}, JSON.stringify(run.config, null, 2)))];
 }
 
-function files() {
-  const known = run.files.length
-    ? table([["", "File"], ["", "What it is"]], run.files.map((file) => [["mono wrap", file.path], ["", file.what]])) : nothing("No files yet.");
-  return run.commands.length ? [known, make("h3", {}, "Next commands"), make("pre", {}, run.commands.join("\n"))] : known;
+function files(run) {
+  if (!run.files.length) return [nothing("No files yet.")];
+  const known = table([["", "File"], ["", "What it is"]], run.files.map((file) => [["mono wrap", make("a", { href: file.link }, file.path)], ["", file.what]]));
+  return run.commands.length ? [known, make("h3", {}, "Next commands"), make("pre", {}, run.commands.join("\n"))] : [known];
+}
+
+function section(id, title, content) {
+  byId("sections").append(make("section", { id }, make("h2", {}, title), content));
+  byId("nav").append(make("a", { href: `#${id}` }, title));
+}
+
+/** The charts and pictures of one of the dashboard's sections, in the order of its panels. */
+function panels(title) {
+  const own = page.panels.filter((panel) => panel.section === title);
+  const drawn = own.flatMap(chartsOf);
+  charts.push(...drawn);
+  const maps = title.startsWith("C.") ? runs.flatMap(heat) : [];
+  const nodes = [...drawn.map((chart) => chart.node), ...maps];
+  const pictures = own.flatMap((panel) => panel.names.flatMap((name, i) => viewer(name, panel.names.length > 1 ? `${panel.title}: ${shortened(panel.names)[i]}` : panel.title)));
+  return [title.startsWith("D.") ? scores() : null, pictures.length ? make("div", { class: "viewers" }, pictures) : null,
+    nodes.length ? make("div", { class: "charts" }, nodes) : null].filter((part) => part !== null);
 }
 
 header();
-for (const [id, build] of Object.entries({ scores, media, curves, events, config, files })) {
-  const section = byId(id);
-  section.append(make("h2", {}, section.dataset.title), ...[build()].flat());
-  byId("nav").append(make("a", { href: `#${id}` }, section.dataset.title));
+controls();
+if (several) section("differences", "Configuration differences", differences());
+for (const title of [...new Set(page.panels.map((panel) => panel.section))]) section(title[0] === "O" ? "others" : title[0], title, panels(title));
+for (const [id, title, build] of [["events", "Events", events], ["launches", "Launches and environment", launches], ["config", "Configuration", config], ["files", "Files and next commands", files]]) {
+  section(id, title, runs.flatMap((run, i) => titled(run, i, build(run))));
 }
 charts.forEach((chart) => chart.draw());

@@ -1,0 +1,128 @@
+"""The dashboard's panels, in the order in which they are read: for report.html and for the W&B workspace alike.
+
+docs/dashboard.md is the same list as a table. A name is shown in the first panel one of whose patterns it fits.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+SECTIONS = {
+    "A": "State, goodput, money",
+    "B": "Optimisation",
+    "C": "Validation",
+    "D": "Pictures and scores",
+    "E": "Speed",
+    "F": "Data",
+    "G": "Events and provenance",
+}
+OTHERS = "Other numbers"
+"""The section of names that no panel knows."""
+NO_DATA = "no data yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Names that share one chart, or one row of pictures."""
+
+    code: str
+    """Its section and number."""
+    title: str
+    names: tuple[str, ...]
+    """Patterns (fnmatch) of the names it shows."""
+    act_when: str
+    note: str = ""
+    """Which trainings log these names, where not all do; without names, where it is shown instead."""
+
+
+PANELS = (
+    Panel("A1", "State", (), "not running, or an alert", "report header, `make status`"),
+    Panel("A2", "Goodput", ("perf/goodput",), "below 0.95"),
+    Panel("A2", "Time lost, by reason", ("perf/lost_*",), "one share grows"),
+    Panel("A3", "Hours since the first launch", ("perf/hours",), "over 10% more than planned"),
+    Panel("A3", "GPU hours, now and at completion", (), "over 10% more than planned", "report header, `make status`"),
+    Panel("A4", "Age of the newest checkpoint", (), "older than 2 intervals", "report header, `make status`"),
+    Panel("B5", "Loss", ("train/loss",), "off the band of a reference run"),
+    Panel(
+        "B5", "Terms of the loss", ("train/l1", "train/perceptual", "train/kl", "train/codebook", "train/logvar"),
+        "one term runs away", "first stages",
+    ),
+    Panel(
+        "B5", "Discriminator", ("train/discriminator", "train/adversarial*", "train/logits_*"),
+        "it always wins, or always loses", "first stages with a discriminator",
+    ),
+    Panel("B5", "Use of the codebook", ("train/codebook_*",), "usage falls", "VQ first stages"),
+    Panel("B6", "Training loss by timestep", ("train/loss_t???",), "one bucket moves alone", NO_DATA),
+    Panel("B7", "Gradient norm", ("train/grad_norm", "train/*_grad_norm"), "spikes, or creeps up"),
+    Panel("B7", "Updates against weights, by part", ("train/update_*",), "text near 0: it is not training", NO_DATA),
+    Panel("B8", "Learning rate", ("train/lr",), "differs from the configuration"),
+    Panel("B8", "Realised caption dropout", ("train/caption_dropout",), "differs from the configuration", NO_DATA),
+    Panel("B9", "Distance of the averages", ("train/ema_distance*",), "flat zero: the average is dead", NO_DATA),
+    Panel("B10", "Skipped, non-finite, spikes", (), "any", "events `trouble` and `rollback`, with keys"),
+    Panel(
+        "C11", "Validation loss, averaged and raw weights",
+        ("val/loss", "val/loss_raw", "val/loss_ema", "val/loss_ema*[!t]???"), "the gap to training grows",
+        "diffusion models",
+    ),
+    Panel("C12", "Validation loss by timestep", ("val/loss_t???",), "one bucket moves alone", "diffusion models"),
+    Panel(
+        "C12", "Validation loss by timestep, other weights", ("val/loss_*_t???",), "one bucket moves alone",
+        "diffusion models",
+    ),
+    Panel("C13", "Caption gap", ("val/caption_gap*",), "0 or less after 5M images: the text path is broken", NO_DATA),
+    Panel("D14", "Distance to real images", ("eval/fid*", "eval/fd_*", "eval/kid*", "eval/kd*"), "not falling"),
+    Panel(
+        "D15", "Guidance: distance against CLIP score", (), "no guidance is good at both",
+        "a picture of its own: docs/operations.md",
+    ),
+    Panel("D16", "Told and seen", ("eval/*accuracy*", "eval/clip*"), "not rising", "diffusion models told something"),
+    Panel(
+        "D16", "Quality and variety", ("eval/precision*", "eval/recall*", "eval/inception*"),
+        "one rises, the other falls", "with Inception's weights",
+    ),
+    Panel(
+        "D16", "Reconstruction", ("eval/psnr*", "eval/ssim*", "eval/lpips*", "eval/detail*", "eval/*code*"),
+        "not improving", "first stages",
+    ),
+    Panel("D17", "Samples, fixed captions and noise", ("samples/grid*",), "grey, or all alike", "diffusion models"),
+    Panel("D17", "How samples come about", ("samples/progressive*",), "no step adds anything", "diffusion models"),
+    Panel("D17", "Originals and reconstructions", ("samples/reconstructions*",), "blurred", "first stages"),
+    Panel(
+        "D18", "What the U-Net ate", ("samples/eaten*",), "captions misaligned, borders, wrong range", NO_DATA
+    ),
+    Panel("E19", "Images per second", ("perf/images_per_s*",), "below 90% of `make plan`"),
+    Panel("E19", "Share of the arithmetic peak (MFU)", ("perf/mfu",), "below 90% of `make plan`"),
+    Panel("E20", "Where a step's time goes", ("perf/split_*",), "data, communication or other grow"),
+    Panel("E21", "Milliseconds of a step", ("perf/step_ms", "perf/own_ms*"), "max over median above 1.2"),
+    Panel("E21", "Slowest rank", ("perf/slowest_rank",), "always the same", "several processes"),
+    Panel("E22", "Waiting for data, worst rank", ("perf/data_wait*",), "above 0.02"),
+    Panel("E23", "Memory, worst rank, GB", ("perf/memory_gb*", "perf/host_gb*"), "creeping"),
+    Panel("E24", "Power, clocks, temperature", ("perf/gpu_*",), "throttled", NO_DATA),
+    Panel("F25", "Epoch", ("data/epoch", "data/*/epoch"), "more of them than intended"),
+    Panel("F26", "Sources, asked and read", ("data/*/asked", "data/*/read"), "they part", "several sources"),
+    Panel(
+        "F27", "Bad and removed samples", ("data/bad", "data/*/bad", "data/removed", "data/*/removed"),
+        "above 0.1% of images",
+    ),
+    Panel("F27", "Own captions", ("data/own_caption", "data/*/own_caption"), "unexpected share", "caption files"),
+    Panel("F28", "Latents against the manifest", ("data/latent_*",), "3 sigma off", NO_DATA),
+    Panel("F28", "Length of captions", ("data/caption_*",), "many cut or empty", NO_DATA),
+    Panel("G29", "Events", ("events/*",), "a failure, a rollback", "report: markers on charts, and a table"),
+    Panel("G30", "Provenance", (), "not what was meant", "report: launches and configuration; repro.json"),
+)  # fmt: skip
+
+
+def layout(names: Collection[str]) -> list[tuple[Panel, list[str]]]:
+    """The panels that `names` fill, in order, each with its names, sorted; then one panel for each unknown name."""
+    left, filled = sorted(names), list[tuple[Panel, list[str]]]()
+    for panel in PANELS:
+        own = [name for name in left if any(fnmatchcase(name, pattern) for pattern in panel.names)]
+        left = [name for name in left if name not in own]
+        if own:
+            filled.append((panel, own))
+    return filled + [(Panel("", name, (name,), ""), [name]) for name in left]
+
+
+def section(panel: Panel) -> str:
+    """The title of the section that a panel is in."""
+    return f"{panel.code[0]}. {SECTIONS[panel.code[0]]}" if panel.code else OTHERS
