@@ -19,7 +19,7 @@ from ldm_scale.data.samples import Task
 from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.images.resize import ImageTransformConfig
 from ldm_scale.jobs import config as jobs_config
-from ldm_scale.jobs import loading, watch
+from ldm_scale.jobs import guidance_sweep, loading, reference_set, watch
 from ldm_scale.jobs.scores import (
     GenerationScores,
     HeldOutImages,
@@ -38,6 +38,9 @@ def run(job: jobs_config.EvaluateJob) -> None:
     runtime.join()
     if job.watch is not None:
         watch.run(RunDir(Path(job.watch)))
+        runtime.leave()
+    if job.write_reference is not None:
+        reference_set.write(job, Path(job.write_reference))
         runtime.leave()
     trained = None
     if job.run_dir is not None:
@@ -67,6 +70,11 @@ def _score_second_stage(job: jobs_config.EvaluateJob) -> None:
         size=(source.size, source.size),
         seed=job.seed,
     )
+    if job.guidances:
+        out = _out(job, source.checkpoint)
+        title = f"{job.run_dir}: {trained.described}"
+        guidance_sweep.run(scores, generator, job.guidances, out.with_name(f"{out.name}_guidance"), title)
+        return
     found = scores(generator)
     conditions = {"weights": trained.described, **scores.conditions(generator)}
     out = _out(job, source.checkpoint)
@@ -108,6 +116,8 @@ def _given(job: jobs_config.EvaluateJob) -> _Scored:
 
 
 def _score_first_stage(job: jobs_config.EvaluateJob, scored: _Scored) -> None:
+    if job.guidances:
+        raise ValueError(f"guidances={job.guidances}: {scored.described} is a first stage, which nothing guides")
     network = scored.network.to(runtime.device())
     held_out = HeldOutImages.open(scored.data, job.evaluation.images)
     scores = ReconstructionScores(job.evaluation, job.paths, held_out, runtime.device())

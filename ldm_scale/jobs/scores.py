@@ -9,7 +9,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,14 @@ Between = Callable[[], None]
 """Called between batches of something that takes long, by all ranks together; what it raises ends the rest."""
 
 
+class Readable(Protocol):
+    """Images by number, each always the same."""
+
+    def read(self, positions: np.ndarray) -> ImageBatch:
+        """Those of these numbers."""
+        ...
+
+
 class HeldOutImages:
     """Images that training does not see, in a fixed shuffle; read when they are looked at.
 
@@ -44,12 +52,12 @@ class HeldOutImages:
     digest  of the shards they come from: which reference set a score was computed against
     """
 
-    def __init__(self, source: ImageSource, count: int, digest: str) -> None:
+    def __init__(self, source: Readable, count: int, digest: str) -> None:
         self._source, self.count, self.digest = source, count, digest
 
     @classmethod
-    def open(cls, data: DataConfig, count: int) -> "HeldOutImages":
-        """The first `count` images of `data.validation` (all of them, where there are fewer).
+    def open(cls, data: DataConfig, count: int | None) -> "HeldOutImages":
+        """The first `count` images of `data.validation` (all of them, where there are fewer, or it is None).
 
         raises  ValueError or FileNotFoundError naming data.validation
         """
@@ -57,7 +65,7 @@ class HeldOutImages:
         source = ImageSource(
             shards, Order(n=shards.n, seed=0), data.transform.build(), seed=0, task=data.task, threads=data.threads
         )
-        return cls(source, min(count, shards.n), shards.content_id)
+        return cls(source, shards.n if count is None else min(count, shards.n), shards.content_id)
 
     def read(self, indices: Sequence[int]) -> ImageBatch:
         """Images in [-1, 1], on the CPU, with their captions."""
