@@ -73,7 +73,7 @@ PANELS = (
     Panel("D14", "Distance to real images", ("eval/fid*", "eval/fd_*", "eval/kid*", "eval/kd*"), "not falling"),
     Panel(
         "D15", "Guidance: distance against CLIP score", (), "no guidance is good at both",
-        "a picture of its own: docs/operations.md",
+        "`evaluate.py guidances=[...]`: docs/evaluation.md",
     ),
     Panel("D16", "Told and seen", ("eval/*accuracy*", "eval/clip*"), "not rising", "diffusion models told something"),
     Panel(
