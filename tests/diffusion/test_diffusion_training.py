@@ -62,7 +62,7 @@ def loss_of_a_batch(timesteps: TimestepDraw, micro_batch: int) -> float:
         diffusion=model.config.diffusion, seed=SEED,
     )  # fmt: skip
     for positions in torch.arange(GLOBAL_BATCH, 2 * GLOBAL_BATCH).split(micro_batch):
-        metrics = step(LatentBatch(positions, [], [], latents(positions), None), learning_rate=0.0)
+        metrics = step(LatentBatch(positions, [], [], latents(positions), None), learning_rate=0.0, images_seen=0)
     engine.close()
     return float(metrics["train/loss"])
 

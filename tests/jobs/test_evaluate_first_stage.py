@@ -70,8 +70,8 @@ def test_a_given_first_stage_is_scored_on_given_images(kind: str, images: Path, 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([], "name the model: run_dir=RUN or first_stage.checkpoint=DIRECTORY"),
-        (["run_dir=a", "first_stage.checkpoint=b"], "one of the two"),
+        ([], "name what to score by one of run_dir=RUN, first_stage.checkpoint=DIRECTORY, watch=RUN"),
+        (["run_dir=a", "first_stage.checkpoint=b"], "name what to score by one of"),
         (["first_stage.checkpoint=b", "data.images=c"], "needs data.images=SHARDS and data.size=PIXELS"),
         (["first_stage.checkpoint=b", "data.images=c", "data.size=32", "weights=raw"], "choose within run_dir="),
     ],

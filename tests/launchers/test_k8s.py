@@ -143,9 +143,10 @@ def pod(host: int, hosts: int, *arguments: str, processes: int, **more: str) -> 
 def test_every_process_knows_its_place_and_has_the_environment_of_the_other_launchers(tmp_path: Path):
     names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     write = tmp_path / "write.py"
-    write.write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    write.write_text("import json, os; json.dump(dict(os.environ), open(__file__ + os.environ['RANK'], 'w'))")
     host = pod(1, 2, str(write), processes=2, local=str(tmp_path))
-    told = [json.loads(line) for line in host.communicate(timeout=60)[0].splitlines()]
+    assert (host.wait(timeout=60), host.communicate()[0]) == (0, "")
+    told = [json.loads(Path(f"{write}{rank}").read_text()) for rank in (2, 3)]
     places = sorted(tuple(one[name] for name in names) for one in told)
     assert places == [("4", "2", str(rank), str(local), "127.0.0.1", "29500") for rank, local in ((2, 0), (3, 1))]
     here = subprocess.run(
@@ -184,7 +185,7 @@ def test_processes_that_wait_for_a_failed_one_are_ended(tmp_path: Path):
 
 def test_told_to_stop_before_python_listens_is_preempted_too(tmp_path: Path):
     child = tmp_path / "child.py"
-    child.write_text("import sys, time; print('up', flush=True); time.sleep(60)\n")
+    child.write_text("import os, time; os.write(1, b'up\\n'); time.sleep(60)\n")
     with closing(started(pod(0, 1, str(child), processes=2))) as host:
         next(host).send_signal(signal.SIGTERM)
         assert next(host).wait(timeout=20) == runtime.PREEMPTED_EXIT_CODE
