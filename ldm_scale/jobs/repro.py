@@ -17,6 +17,7 @@ import torch
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.secrets import without_secrets
 from ldm_scale.data.sources import ImageSource, LatentSource, MixedSource, SampleSource
 from ldm_scale.training.engine import Engine
 
@@ -41,7 +42,7 @@ def record(
     launch = {
         "images_seen": images,
         "time": time.time(),
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "config_sha256": storage.digest(config),
         "config": config,
         **{key: value for key, value in state.items() if key != "images_seen"},

@@ -10,6 +10,7 @@ import torch
 
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.secrets import without_secrets
 from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
@@ -42,7 +43,7 @@ def run(job: jobs_config.TrainJob) -> None:
     runtime.configure_logging()
     preemption = runtime.Preemption()
     run_dir = RunDir(Path(job.run_dir))
-    plain = jobs_config.to_plain(job)
+    plain = without_secrets(jobs_config.to_plain(job))
     changed = identity.changes(run_dir, plain)
     identity.require_allowed(changed, amend=job.amend)
     if identity.is_finished(run_dir, job.total_images):

@@ -16,9 +16,11 @@ import netrc
 import os
 import secrets
 import socket
+import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +31,7 @@ import numpy as np
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.core.runtime import PREEMPTED_EXIT_CODE
+from ldm_scale.core.secrets import without_secrets
 from ldm_scale.tracking.alerts import QUIET_S, Alert, alert_of
 
 if TYPE_CHECKING:
@@ -73,19 +76,20 @@ class Place:
             disable_git=True,
             disable_job_creation=True,
         )
-        run = wandb.init(
-            id=run_id(run_dir),
-            name=shown_name(run_dir),
-            resume="allow",
-            reinit="create_new",
-            dir=folder,
-            config=config,
-            settings=settings,
-            project=self.project,
-            entity=self.entity,
-            group=self.group,
-            tags=list(self.tags),
-        )
+        with _told_no_secrets():
+            run = wandb.init(
+                id=run_id(run_dir),
+                name=shown_name(run_dir),
+                resume="allow",
+                reinit="create_new",
+                dir=folder,
+                config=config,
+                settings=settings,
+                project=self.project,
+                entity=self.entity,
+                group=self.group,
+                tags=list(self.tags),
+            )
         run.define_metric("train/images_seen", hidden=True)
         run.define_metric("*", step_metric="train/images_seen")
         return run
@@ -256,6 +260,16 @@ def closing_hint(run_dir: RunDir) -> str:
         f"print its last values:       wandb leet inspect --summary {offline[-1]}\n"
         f"upload it, with an account:  wandb sync {' '.join(map(str, offline))}"
     )
+
+
+@contextmanager
+def _told_no_secrets() -> Iterator[None]:
+    """W&B takes the command line down as it finds it."""
+    given, sys.argv = sys.argv, without_secrets(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _has_key(settings: "wandb.Settings") -> bool:

@@ -156,19 +156,26 @@ def assembled_s(run_dir: RunDir) -> float:
 
 
 @pytest.mark.slow
-def test_with_a_key_and_no_network_training_starts_within_15_s_and_is_recorded_offline(world: Any) -> None:
+def test_with_a_key_and_no_network_training_starts_within_15_s_and_is_recorded_offline_without_secrets(
+    world: Any,
+) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         where = f"http://127.0.0.1:{closed.getsockname()[1]}"
         out = world.run(
-            world.autoencoder("name=keyed"), WANDB_MODE="online", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=where
-        )
+            world.autoencoder("name=keyed", "tracker.alert_command='cat # https://me:hunter2@hooks?token=t0ken'"),
+            WANDB_MODE="online", WANDB_API_KEY="0123456789" * 4, WANDB_BASE_URL=where,
+        )  # fmt: skip
     run_dir = RunDir(world.path / "runs" / "autoencoder_kl_f4" / "keyed")
     assert "is unreachable; this run is recorded offline" in out
     assert assembled_s(run_dir) < 15 + assembled_s(RunDir(run_dir.path.with_name("toy")))  # which had no key to try
     assert [images for images, _ in curve(run_dir, "train/loss")] == [64]
     (folder,) = run_dir.wandb.glob("offline-run-*")
     assert f"wandb sync runs/autoencoder_kl_f4/keyed/wandb/{folder.name}" in out
+    written = {file: file.read_bytes() for file in run_dir.path.rglob("*") if file.is_file() and file.suffix != ".diff"}
+    assert any(b"alert_command=***" in held for file, held in written.items() if file.suffix == ".wandb")
+    secrets = (b"0123456789" * 4, b"hunter2", b"t0ken")
+    assert [file for file, held in written.items() if any(secret in held for secret in secrets)] == []
 
 
 @pytest.mark.slow

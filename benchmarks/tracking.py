@@ -1,0 +1,114 @@
+"""What tracking costs: the share of a training's time in which it stands still for it. Limit: 0.01.
+
+    python benchmarks/tracking.py [--steps 400] [--every 10] [--batch 16]
+
+A real training of the toy first stage, with everything on: files, W&B offline, rates, time split, alerts, pictures. A
+line is logged every 10 steps and a picture counted every 1,000: the defaults of the paper's text-to-image training,
+whose steps take longer than these. Counted: every call of the tracker between its start and its end, and the readings
+and marks of the meter. What W&B's own process does meanwhile is printed apart, in seconds of CPU, as are start and
+finish, which come once. Scores and drawing are no tracking.
+"""
+
+import argparse
+import functools
+import os
+import platform
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from data_tools.make_toy_world import Recipe, write_world
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import config, train
+from ldm_scale.tracking.tracker import JsonLines
+from ldm_scale.tracking.weights_and_biases import Wandb
+from ldm_scale.training.telemetry import Timeline
+from ldm_scale.training.throughput import Meter
+
+LIMIT = 0.01
+PICTURE_EVERY = 1_000  # steps
+ONCE = ("start", "finish")
+COUNTED = {JsonLines: ("start", "log", "images", "event", "finish"), Meter: ("read", "step"), Timeline: ("mark",)}
+COUNTED[Wandb] = COUNTED[JsonLines]
+
+seconds: dict[str, float] = defaultdict(float)
+calls: dict[str, int] = defaultdict(int)
+cpu: list[float] = []
+depth = 0
+
+
+def timed(owner: type, name: str) -> None:
+    """Have every call of a method add to `seconds`; one inside another counts once."""
+    method: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **named: Any) -> Any:
+        global depth
+        began, depth = time.perf_counter(), depth + 1
+        try:
+            return method(*args, **named)
+        finally:
+            depth -= 1
+            if depth == 0:
+                what = f"{owner.__name__}.{name}"
+                seconds[what] += time.perf_counter() - began
+                calls[what] += 1
+
+    setattr(owner, name, wrapper)
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of this process's children that are alive: W&B's."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(one.user + one.system for one in times)
+
+
+def main() -> None:
+    """Print a line for each call, and the share."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--every", type=int, default=10, help="steps between two lines")
+    parser.add_argument("--batch", type=int, default=16)
+    options = parser.parse_args()
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    for owner, names in COUNTED.items():
+        for name in names:
+            timed(owner, name)
+    finish = Wandb.finish
+    Wandb.finish = lambda self, state: (cpu.append(cpu_of_children()), finish(self, state))[1]  # type: ignore[method-assign]
+    total = options.steps * options.batch
+    with tempfile.TemporaryDirectory() as where:
+        os.chdir(where)
+        write_world(Path("toy"), Recipe(train=256, val=32, objects=1, size=32, shard_size=64, seed=0))
+        job = config.compose(
+            "train",
+            [
+                "+experiment=autoencoder_kl_f4", "scale=toy", "name=tracking", "data.images=toy/train",
+                "data.validation=toy/val", f"global_batch={options.batch}", f"micro_batch={options.batch}",
+                f"total_images={total}", "optimizer.warmup_images=0", f"every.log={options.every * options.batch}",
+                f"every.sample={total // 4}", "every.evaluate=0", f"every.save={total}", "evaluation.images=32",
+            ],
+        )  # fmt: skip
+        train.run(job)
+        lines = RunDir(Path(job.run_dir)).read_metrics()
+    step_s = sum(line["perf/step_ms"] for line in lines if "perf/step_ms" in line) / 1e3 * options.every
+    held = sum(spent for what, spent in seconds.items() if not what.endswith((*ONCE, "images")))
+    picture = sum(spent / calls[what] for what, spent in seconds.items() if what.endswith("images"))
+    share = (held + picture * options.steps / PICTURE_EVERY) / step_s
+    print(f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}, batch {options.batch}")
+    for what, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"{what:18} {calls[what]:6} calls  {1e3 * spent / calls[what]:9.3f} ms each")
+    print(f"W&B's process      {cpu[0]:.2f} s of CPU")
+    print(f"step               {1e3 * step_s / options.steps:.1f} ms")
+    print(f"a line every       {options.every} steps, a picture every {PICTURE_EVERY:,}")
+    print(f"standing still     {share:.4f} of the time   {'holds' if share <= LIMIT else 'ABOVE'} {LIMIT}")
+
+
+if __name__ == "__main__":
+    main()
