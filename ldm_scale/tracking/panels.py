@@ -56,7 +56,10 @@ PANELS = (
     Panel("B7", "Gradient norm", ("train/grad_norm", "train/*_grad_norm"), "spikes, or creeps up"),
     Panel("B7", "Updates against weights, by part", ("train/update_*",), "text near 0: it is not training", NO_DATA),
     Panel("B8", "Learning rate", ("train/lr",), "differs from the configuration"),
-    Panel("B8", "Realised caption dropout", ("train/caption_dropout",), "differs from the configuration", NO_DATA),
+    Panel(
+        "B8", "Realised caption dropout", ("train/caption_dropout",), "differs from the configuration",
+        "models told something",
+    ),
     Panel("B9", "Distance of the averages", ("train/ema_distance*",), "flat zero: the average is dead", NO_DATA),
     Panel("B10", "Skipped, non-finite, spikes", (), "any", "events `trouble` and `rollback`, with keys"),
     Panel(
@@ -69,13 +72,16 @@ PANELS = (
         "C12", "Validation loss by timestep, other weights", ("val/loss_*_t???",), "one bucket moves alone",
         "diffusion models",
     ),
-    Panel("C13", "Caption gap", ("val/caption_gap*",), "0 or less after 5M images: the text path is broken", NO_DATA),
+    Panel(
+        "C13", "Caption gap", ("val/caption_gap",), "0 or less after 5M images: the text path is broken",
+        "models told something",
+    ),
     Panel("D14", "Distance to real images", ("eval/fid*", "eval/fd_*", "eval/kid*", "eval/kd*"), "not falling"),
     Panel(
         "D15", "Guidance: distance against CLIP score", (), "no guidance is good at both",
         "`evaluate.py guidances=[...]`: docs/evaluation.md",
     ),
-    Panel("D16", "Told and seen", ("eval/*accuracy*", "eval/clip*"), "not rising", "diffusion models told something"),
+    Panel("D16", "Told and seen", ("eval/*accuracy*", "eval/clip*"), "not rising", "models told something"),
     Panel(
         "D16", "Quality and variety", ("eval/precision*", "eval/recall*", "eval/inception*"),
         "one rises, the other falls", "with Inception's weights",

@@ -97,11 +97,12 @@ class DiffusionStep:
             positions_B=positions_B,
             global_batch=self._engine.global_batch,
         )
+        inputs, told = self._inputs(batch, positions_B)
         with self._engine.accumulate():
-            loss = self._engine.model(z_0_BCHW, noise_BCHW, t_B, self._inputs(batch, positions_B)).mean()
+            loss = self._engine.model(z_0_BCHW, noise_BCHW, t_B, inputs).mean()
             self._engine.backward(loss)
             grad_norm = self._engine.step(learning_rate)
-        return {**self._mean({"train/loss": loss}), "train/grad_norm": grad_norm}
+        return {**self._mean({"train/loss": loss, **told}), "train/grad_norm": grad_norm}
 
     def state(self) -> dict[str, Any]:
         """Nothing: every draw is a function of the position."""
@@ -116,15 +117,15 @@ class DiffusionStep:
         noise_BCHW = rng.normal(self._seed, "diffusion/posterior", positions_B, tuple(moments.mean.shape[1:]))
         return moments.sample(noise_BCHW) * self._latent_scale
 
-    def _inputs(self, batch: LatentBatch | ImageBatch, positions_B: Tensor) -> Tensor | None:
-        """The conditioner's inputs, some replaced by its null inputs."""
+    def _inputs(self, batch: LatentBatch | ImageBatch, positions_B: Tensor) -> tuple[Tensor | None, Metrics]:
+        """The conditioner's inputs, some replaced by its null inputs; and the share of those."""
         if self._conditioner is None or batch.inputs is None:
-            return None
+            return None, {}
         inputs = batch.inputs.to(self._engine.device, non_blocking=True)
         if self._conditioner.dropout == 0:
-            return inputs
+            return inputs, {}
         drop_B = rng.uniform(self._seed, "diffusion/dropout", positions_B) < self._conditioner.dropout
-        return self._conditioner.dropped(inputs, drop_B)
+        return self._conditioner.dropped(inputs, drop_B), {"train/caption_dropout": drop_B.float().mean()}
 
 
 class AutoencoderStep:

@@ -38,30 +38,40 @@ class HeldOut:
     ) -> dict[str, float]:
         """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths.
 
-        All ranks share the work. Collective.
+        Of a model that is told something, and only without a suffix, also `val/caption_gap`: by how much the loss is
+        greater where each image has the next one's condition. All ranks share the work. Collective.
 
         between  called between batches, by all ranks together; what it raises ends the rest
         suffix   of `val/loss`, to tell weights apart
         """
+        losses = self._losses(model, self.inputs, between)
+        stem = f"val/loss{suffix}"
+        named = {f"{stem}_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
+        found = {stem: sum(losses) / BUCKETS, **named}
+        if self.inputs is not None and not suffix:
+            shuffled = self._losses(model, self.inputs.roll(1, dims=0), between)
+            found["val/caption_gap"] = sum(shuffled) / BUCKETS - found[stem]
+        return found
+
+    def _losses(self, model: LatentDiffusion, inputs: Tensor | None, between: Callable[[], None]) -> list[float]:
+        """One mean over all images for each range."""
         parts = [(bucket, part) for bucket in range(BUCKETS) for part in ranges(len(self.z_0_NCHW), self.batch)]
         sums = torch.zeros(BUCKETS, dtype=torch.float64)
         for (bucket, part), counts in shared(parts):
             between()
-            loss = self._loss(model, bucket, part)
+            loss = self._loss(model, inputs, bucket, part)
             if counts:
                 sums[bucket] += loss
         add_up(sums)
-        losses = (sums / len(self.z_0_NCHW)).tolist()
-        stem = f"val/loss{suffix}"
-        named = {f"{stem}_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
-        return {stem: sum(losses) / BUCKETS, **named}
+        means: list[float] = (sums / len(self.z_0_NCHW)).tolist()
+        return means
 
-    def _loss(self, model: LatentDiffusion, bucket: int, part: range) -> float:
+    def _loss(self, model: LatentDiffusion, inputs: Tensor | None, bucket: int, part: range) -> float:
         """Sum over the images of `part`."""
         z_0_BCHW = self.z_0_NCHW[part.start : part.stop]
         index_B = torch.arange(part.start, part.stop, device=z_0_BCHW.device)
         noise_BCHW = rng.normal(self.seed, f"validation/noise {bucket}", index_B, tuple(z_0_BCHW.shape[1:]))
         width = model.schedule.steps // BUCKETS
         t_B = bucket * width + rng.integers(self.seed, f"validation/timestep {bucket}", index_B, width)
-        inputs = None if self.inputs is None else self.inputs[part.start : part.stop].to(z_0_BCHW.device)
-        return float(model(z_0_BCHW, noise_BCHW, t_B, inputs).sum())
+        told = None if inputs is None else inputs[part.start : part.stop].to(z_0_BCHW.device)
+        return float(model(z_0_BCHW, noise_BCHW, t_B, told).sum())

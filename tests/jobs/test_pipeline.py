@@ -67,6 +67,8 @@ def test_a_run_directory_tells_the_whole_story(undisturbed: RunDir) -> None:
     assert storage.read_json(undisturbed.status)["state"] == "finished"
     assert [images for images, _ in curve(undisturbed, "train/loss")] == [16, 32, 48, 64, 80, 96]
     assert [images for images, _ in curve(undisturbed, "eval/fd_random")] == [0, 48, 96]
+    dropped = [share * 8 for _, share in curve(undisturbed, "train/caption_dropout")]
+    assert len(dropped) == 6 and set(dropped) <= set(range(8))  # of a batch of 8, a tenth on average
     assert undisturbed.report.read_text().lower().startswith("<!doctype html>")
     pictures = sorted(undisturbed.media.glob("samples__grid/*.png"))
     assert [picture.stem for picture in pictures] == ["000000000000", "000000000096"]

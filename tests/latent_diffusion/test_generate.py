@@ -81,7 +81,18 @@ def test_validation_loss_is_fixed_and_names_its_buckets(generator: Generator) ->
     model = generator.model
     held_out = HeldOut(torch.randn(3, 4, 8, 8), model.conditioner.prepare(CAPTIONS), seed=0, batch=2)
     losses = held_out.loss(model)
-    assert sorted(losses) == ["val/loss", *(f"val/loss_t{bucket}00" for bucket in range(10))]
+    assert sorted(losses) == ["val/caption_gap", "val/loss", *(f"val/loss_t{bucket}00" for bucket in range(10))]
     assert losses["val/loss"] == pytest.approx(sum(losses[f"val/loss_t{b}00"] for b in range(10)) / 10)
     whole = HeldOut(held_out.z_0_NCHW, held_out.inputs, seed=0, batch=3).loss(model)
     assert whole["val/loss"] == pytest.approx(losses["val/loss"], rel=1e-5)
+
+
+def test_the_caption_gap_is_what_true_captions_are_worth(generator: Generator) -> None:
+    model, z_0_NCHW = generator.model, torch.randn(3, 4, 8, 8)
+    told = model.conditioner.prepare(CAPTIONS)
+    losses = HeldOut(z_0_NCHW, told, seed=0, batch=2).loss(model)
+    others = HeldOut(z_0_NCHW, told[[2, 0, 1]], seed=0, batch=2).loss(model, suffix="_raw")
+    assert losses["val/caption_gap"] == pytest.approx(others["val/loss_raw"] - losses["val/loss"], rel=1e-6)
+    assert losses["val/caption_gap"] != 0 and "val/caption_gap" not in others
+    alike = HeldOut(z_0_NCHW, told[[0, 0, 0]], seed=0, batch=2).loss(model)
+    assert alike["val/caption_gap"] == 0
