@@ -70,8 +70,9 @@ def table(options: argparse.Namespace) -> list[Row]:
     evaluation = replace(job.evaluation, images=options.images, batch=options.batch)
     source = TrainingRun(RunDir(options.run), name=job.checkpoint, which=job.weights)
     trained = source.load(runtime.device())
-    held_out = HeldOutImages.read(source.data, options.images)
-    scores = GenerationScores(evaluation, job.paths, held_out)
+    held_out = HeldOutImages.open(source.data, options.images)
+    transform = jobs_config.to_plain(source.data.transform)
+    scores = GenerationScores(evaluation, job.paths, held_out, transform, runtime.device())
     told = {"guidance": job.sampler.guidance if options.guidance is None else options.guidance}
     if options.spacing is not None:
         told["spacing"] = options.spacing

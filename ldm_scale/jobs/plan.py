@@ -12,6 +12,7 @@ exits  0 the job could start, 1 it would fail, 2 it is no job
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -57,7 +58,7 @@ class Figures:
     encoder_flops: float
     """From an image to its latent; 0 where nothing is encoded."""
     evaluation_flops: float
-    """Of one evaluation, on every process."""
+    """Of one evaluation, by all processes together."""
     showing_flops: float
     """Of one sample grid, on every process."""
 
@@ -176,7 +177,7 @@ def measure(job: jobs_config.Experiment) -> Figures:
             frozen_bytes=0,
             forward_flops=encode + decode,
             encoder_flops=0.0,
-            evaluation_flops=scores * (encode + decode),
+            evaluation_flops=scores * len(job.evaluation.weights) * (encode + decode),
             showing_flops=grid / 2 * (encode + decode),
         )
     with torch.device("meta"):
@@ -189,12 +190,13 @@ def measure(job: jobs_config.Experiment) -> Figures:
             _flops(lambda: model.network(z_BCHW, t_B, **told)),
         )
     draw = denoise * job.sampler.steps * (1 if job.sampler.guidance == 1 else 2) + decode
+    scored, validated = job.evaluation.weights, {*job.evaluation.weights, "raw"}
     return Figures(
         parameters=parameters(model),
         frozen_bytes=4 * (parameters(first) + parameters(conditioner) - parameters(model.conditioner)),
         forward_flops=forward,
         encoder_flops=encode,
-        evaluation_flops=scores * (draw + BUCKETS * forward),
+        evaluation_flops=scores * (len(scored) * draw + len(validated) * BUCKETS * forward),
         showing_flops=grid * draw,
     )
 
@@ -234,7 +236,9 @@ def _scale(
 ) -> Scale:
     fitted = fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=BatchFit.nearest)
     step = speed.step(work, machine, world=world, micro_batch=fitted.micro_batch, accumulation=fitted.accumulation)
-    looks = [(figures.evaluation_flops, job.every.evaluate), (figures.showing_flops, job.every.sample)]
+    batches = math.ceil(job.evaluation.images / job.evaluation.batch)
+    evaluation = figures.evaluation_flops * math.ceil(batches / world) / batches  # whole batches are shared out
+    looks = [(evaluation, job.every.evaluate), (figures.showing_flops, job.every.sample)]
     looking = sum(flops / every for flops, every in looks if every) / machine.matmul  # seconds, per image trained on
     seconds = 1 / step.images_per_s + looking
     hours = job.total_images * seconds * world / 3600
