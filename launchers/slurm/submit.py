@@ -107,6 +107,10 @@ class Task:
                 return Path(place).absolute()
             case config.EvaluateJob(run_dir=None, first_stage=config.GivenFirstStage(checkpoint=str(place))):
                 return Path(place).absolute()
+            case config.EvaluateJob(watch=str(place)):
+                return Path(place).absolute()
+            case config.EvaluateJob(run_dir=None, write_reference=str(file)):
+                return Path(file).absolute().parent
         return Path(self.config.run_dir).absolute()
 
 

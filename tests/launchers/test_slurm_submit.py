@@ -54,6 +54,22 @@ def test_a_sweep_is_one_array_job_under_one_group(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=said.stdout, text=True, check=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "home"),
+    [
+        (["watch=runs/txt2img_laion/lr"], "runs/txt2img_laion/lr"),
+        (["write_reference=stats/val.safetensors", "data.images=SHARDS", "data.size=256"], "stats"),
+    ],
+)
+def test_an_evaluation_that_has_no_run_directory_lies_beside_what_it_is_about(
+    tmp_path: Path, asked: list[str], home: str
+) -> None:
+    said = submit("evaluate", *asked, "GPUS_PER_NODE=0", "--print", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert f"--job-name=evaluate:{home}" in options(said.stdout)
+
+
 REFUSED = {
     "dream +experiment=txt2img_laion": "dream is no job: train, precompute, sample, evaluate",
     "train +experiment=txt2img_laion name=a NODE=2": "unknown key NODE. Known here: NODES",
