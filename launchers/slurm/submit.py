@@ -34,6 +34,7 @@ from typing import Any
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.secrets import without_secrets
 from ldm_scale.jobs import config, identity
 from ldm_scale.training.batch_fit import fit_batch
 from ldm_scale.training.engine import EngineKind
@@ -203,7 +204,7 @@ class Submission:
         copy_code(self.snapshot / "code")
         for task in self.tasks:
             name = f"config_{task.label}.json" if task.label else "config.json"
-            storage.write_json(self.snapshot / name, config.to_plain(task.config))
+            storage.write_json(self.snapshot / name, without_secrets(config.to_plain(task.config)))
         file = self.snapshot / "job.sh"
         file.write_text(self.script())
         try:
@@ -249,7 +250,9 @@ def _require_startable(task: Task, world: int) -> None:
             "PROCESSES_PER_NODE=1"
         )
     fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=job.batch_fit)
-    identity.require_allowed(identity.changes(RunDir(task.folder), config.to_plain(job)), amend=job.amend)
+    identity.require_allowed(
+        identity.changes(RunDir(task.folder), without_secrets(config.to_plain(job))), amend=job.amend
+    )
 
 
 def copy_code(folder: Path) -> None:
