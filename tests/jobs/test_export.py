@@ -88,6 +88,6 @@ def test_what_is_not_there_is_refused(
         return capsys.readouterr().err
 
     assert "neither a training run" in refusal(str(tmp_path))
-    assert "half-lives [32, 64]" in refusal(str(trained.path), "--weights", "ema/99")
+    assert "ema/32, ema/64" in refusal(str(trained.path), "--weights", "ema/99")
     assert "complete ones, newest first" in refusal(str(trained.checkpoints / "images_000000000001"))
     assert "pad captions" in refusal(str(trained.path), "--diffusers")
