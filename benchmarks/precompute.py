@@ -30,6 +30,7 @@ from ldm_scale.jobs.claims import Claims
 from ldm_scale.jobs.encoding import STAGING, CacheIdentity, Pipeline
 from ldm_scale.jobs.image_encoder import ImageEncoder
 from ldm_scale.jobs.image_tars import ImageTars
+from ldm_scale.jobs.schemas.precompute import PrecomputeJob
 
 
 def write_images(folder: Path, images: int, shards: int) -> None:
@@ -57,7 +58,7 @@ def bare(encoder: ImageEncoder, size: int, images: int) -> float:
     return images // encoder.batch * encoder.batch / (time.perf_counter() - began)
 
 
-def end_to_end(job: config.PrecomputeJob, encoder: ImageEncoder, made_by: CacheIdentity) -> float:
+def end_to_end(job: PrecomputeJob, encoder: ImageEncoder, made_by: CacheIdentity) -> float:
     """Images a second from tars to manifest."""
     folder = Path(str(job.data.latents))
     began = time.perf_counter()

@@ -27,6 +27,7 @@ from ldm_scale.data.sources import LatentBatch
 from ldm_scale.first_stage.base import MomentsKind
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.model_table import conditioner_inputs, parameters
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.training.steps import CachedMoments, DiffusionStep
 
 LIMIT = 0.01
@@ -63,7 +64,7 @@ def now() -> float:
 def training_step(overrides: list[str], batch: int) -> tuple[int, Callable[[], object]]:
     """Trained parameters, and one optimizer step of one micro batch; every call at new positions."""
     plain = ["engine=one_process", "engine.precision=fp32"]
-    job: jobs_config.TrainJob = jobs_config.compose("train", ["+experiment=txt2img_laion", *plain, *overrides])
+    job: TrainJob = jobs_config.compose("train", ["+experiment=txt2img_laion", *plain, *overrides])
     engine = job.engine.build(global_batch=batch, micro_batch=batch)
     module = job.latent_diffusion.build_trained()
     engine.prepare(module, job.optimizer)

@@ -36,6 +36,8 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.secrets import without_secrets
 from ldm_scale.jobs import config, identity
+from ldm_scale.jobs.schemas.evaluate import EvaluateJob, GivenFirstStage
+from ldm_scale.jobs.schemas.sample import SampleJob
 from ldm_scale.training.batch_fit import fit_batch
 from ldm_scale.training.engine import EngineKind
 
@@ -104,13 +106,13 @@ class Task:
     def folder(self) -> Path:
         """The run directory, or where a model lies that belongs to none."""
         match self.config:
-            case config.SampleJob(run_dir=None, model=str(place)):
+            case SampleJob(run_dir=None, model=str(place)):
                 return Path(place).absolute()
-            case config.EvaluateJob(run_dir=None, first_stage=config.GivenFirstStage(checkpoint=str(place))):
+            case EvaluateJob(run_dir=None, first_stage=GivenFirstStage(checkpoint=str(place))):
                 return Path(place).absolute()
-            case config.EvaluateJob(watch=str(place)):
+            case EvaluateJob(watch=str(place)):
                 return Path(place).absolute()
-            case config.EvaluateJob(run_dir=None, write_reference=str(file)):
+            case EvaluateJob(run_dir=None, write_reference=str(file)):
                 return Path(file).absolute().parent
         return Path(self.config.run_dir).absolute()
 

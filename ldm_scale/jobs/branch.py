@@ -17,7 +17,7 @@ from ldm_scale.core import runtime, storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import identity
-from ldm_scale.jobs.config import InitWhat
+from ldm_scale.jobs.schemas.train import InitWhat, TrainJob
 from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
@@ -86,7 +86,7 @@ class Parent:
         return checkpoint.read_consolidated(self.where, self.kind)[1]
 
 
-def parent_of(job: jobs_config.TrainJob) -> Parent | None:
+def parent_of(job: TrainJob) -> Parent | None:
     """What `init=` names, None where it names nothing; says where the parent was configured differently.
 
     raises  FileNotFoundError where there is nothing of the kind, ValueError where it cannot give `init_what`
@@ -105,7 +105,7 @@ def parent_of(job: jobs_config.TrainJob) -> Parent | None:
     return parent
 
 
-def _from_run(job: jobs_config.TrainJob, run: RunDir, name: str) -> Parent:
+def _from_run(job: TrainJob, run: RunDir, name: str) -> Parent:
     config = storage.read_json(run.config)
     if (config["unet"] is None) != job.trains_first_stage:
         raise ValueError(
@@ -122,7 +122,7 @@ def _from_run(job: jobs_config.TrainJob, run: RunDir, name: str) -> Parent:
     )
 
 
-def _from_weights(job: jobs_config.TrainJob, given: Path) -> Parent:
+def _from_weights(job: TrainJob, given: Path) -> Parent:
     name = "first_stage" if job.trains_first_stage else "latent_diffusion"
     where = given / name if (given / name).is_dir() else given
     if not (where / "config.json").exists():
@@ -142,7 +142,7 @@ def _from_weights(job: jobs_config.TrainJob, given: Path) -> Parent:
     return Parent(where=where, kind=None, parts=parts, left_out=left_out, latent_scale=config.get("latent_scale"))
 
 
-def _say_differences(job: jobs_config.TrainJob, parent: Parent) -> None:
+def _say_differences(job: TrainJob, parent: Parent) -> None:
     """Shapes are compared by `begin`; what else differs may be the purpose of the branch, but must be seen."""
     ours = jobs_config.to_plain(job)
     differing = identity.differences(dict(parent.parts), {key: ours[key] for key in parent.parts})

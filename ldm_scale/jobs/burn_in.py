@@ -39,6 +39,7 @@ from ldm_scale.jobs.burn_in_rates import Notes, measure
 from ldm_scale.jobs.burn_in_training import Rehearsal
 from ldm_scale.jobs.burn_in_verdict import Host, exclude, judge, shown
 from ldm_scale.jobs.preflight import Check, Needs
+from ldm_scale.jobs.schemas.train import TrainJob
 
 log = runtime.logger(__name__)
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--steps {arguments.steps}: at least 16, for saves between the disturbances, or 0 to measure only"
         )
     arguments.overrides.insert(0, "name=burn_in")
-    jobs: list[jobs_config.TrainJob] = []
+    jobs: list[TrainJob] = []
     jobs_config.or_exit(lambda: jobs.append(jobs_config.compose("train", arguments.overrides)))
     import_for_workers("ldm_scale.jobs.burn_in", *(["deepspeed"] if jobs[0].engine.kind.zero_stage else []))
     take_place_in_slurm_step()
@@ -97,7 +98,7 @@ def _agent(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _unmet(job: jobs_config.TrainJob, world: int) -> str:
+def _unmet(job: TrainJob, world: int) -> str:
     """What the training would stumble over; empty for nothing."""
     job = dataclasses.replace(job, global_batch=job.micro_batch * world)
     needs = Needs(world=world, checkpoint_bytes=0, checkpoints=0, gpu_bytes=0, gpu_memory=0)
@@ -141,7 +142,7 @@ def _median(notes: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _concluded(
-    job: jobs_config.TrainJob,
+    job: TrainJob,
     hosts: list[Host],
     checks: list[Check],
     rates: dict[str, float | None],
@@ -191,7 +192,7 @@ def _in_words(rates: dict[str, float | None]) -> dict[str, str]:
     return {words[name][0]: shown(rate, words[name][1]) for name, rate in known.items()}
 
 
-def _following(job: jobs_config.TrainJob, hosts: Sequence[Host], passed: bool, out: Path) -> list[str]:
+def _following(job: TrainJob, hosts: Sequence[Host], passed: bool, out: Path) -> list[str]:
     """What to type next."""
     planned = f"python -m ldm_scale.jobs.plan +experiment={job.experiment} ... --rates {out / 'rates.json'}"
     if any(host.reasons for host in hosts):

@@ -25,6 +25,7 @@ from ldm_scale.core import runtime
 from ldm_scale.data.config import Origin
 from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import open_images
 from ldm_scale.training.throughput import peak_flops
 
@@ -193,7 +194,7 @@ def _together(work: Callable[[], Any], device: torch.device, group: Any, seconds
     return count / sum(_timed(work, device) for _ in range(count))
 
 
-def _reads(job: jobs_config.TrainJob, device: torch.device, seconds: float) -> float:
+def _reads(job: TrainJob, device: torch.device, seconds: float) -> float:
     """Samples a second, as the training reads and orders them; from memory where the kernel holds the shards."""
     if job.trains_first_stage or job.data.source is Origin.images:
         source: Any = job.data.image_source(open_images(job.data), job.seed)

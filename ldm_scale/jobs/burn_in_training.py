@@ -19,6 +19,7 @@ from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import replay, train
 from ldm_scale.jobs.burn_in_crew import Crew, Ended, hit, reached
 from ldm_scale.jobs.preflight import Check
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.training import checkpoint
 from ldm_scale.training.batch_fit import divisors
 
@@ -40,9 +41,7 @@ def replay_worker(where: str, steps: int) -> None:
 class Rehearsal:
     """The checks, one after the other. Every method is collective over the agents, and finds the same on each."""
 
-    def __init__(
-        self, crew: Crew, overrides: Sequence[str], job: jobs_config.TrainJob, *, steps: int, folder: Path
-    ) -> None:
+    def __init__(self, crew: Crew, overrides: Sequence[str], job: TrainJob, *, steps: int, folder: Path) -> None:
         """Prepare.
 
         overrides  of train.py, as the user gave them; `job` is what they make
@@ -58,7 +57,7 @@ class Rehearsal:
         self._other_world = divisors(crew.world)[-2] if crew.world > 1 else 1
         self.undisturbed, self.disturbed = RunDir(folder / "undisturbed"), RunDir(folder / "disturbed")
 
-    def _own(self, job: jobs_config.TrainJob) -> list[str]:
+    def _own(self, job: TrainJob) -> list[str]:
         images = self._steps * self._batch
         every = {"log": self._batch * max(1, self._steps // _LOGS), "save": self._batch * max(1, self._steps // _SAVES)}
         warm = min(job.optimizer.warmup_images, images // 2)

@@ -36,6 +36,7 @@ from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.model_table import parameters
+from ldm_scale.jobs.schemas.experiment import EvaluationConfig, PathsConfig
 from ldm_scale.jobs.scores import GenerationScores, HeldOutImages, ReconstructionScores, reconstruct
 from ldm_scale.latent_diffusion.generate import UNSTEERED, Generator, Steering
 from ldm_scale.samplers.base import Watch
@@ -211,8 +212,8 @@ def _drawn(run_dir: RunDir, source: loading.TrainingRun, steps: Sequence[int]) -
 
 def _limits(
     first_stage: FirstStage,
-    evaluation: jobs_config.EvaluationConfig,
-    paths: jobs_config.PathsConfig,
+    evaluation: EvaluationConfig,
+    paths: PathsConfig,
     held_out: HeldOutImages,
 ) -> dict[str, float]:
     """Scores of held-out images, encoded and decoded."""

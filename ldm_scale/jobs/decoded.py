@@ -28,12 +28,13 @@ from ldm_scale.images.decode import decode
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.precompute import identity
+from ldm_scale.jobs.schemas.precompute import PrecomputeJob
 from ldm_scale.tracking.grid import labelled_grid
 
 _COLUMNS = 8
 
 
-def sheet(job: jobs_config.PrecomputeJob, count: int) -> np.ndarray:
+def sheet(job: PrecomputeJob, count: int) -> np.ndarray:
     """The page, (H, W, 3) uint8: some latents of the cache, drawn at random, always the same ones.
 
     raises  ValueError where the cache was made by another first stage or transform
@@ -73,9 +74,7 @@ def _is_readable(cache: LatentCache, sample_id: int) -> bool:
         return False
 
 
-def _originals(
-    job: jobs_config.PrecomputeJob, cache: LatentCache, ids_N: np.ndarray, keys: Sequence[str]
-) -> list[np.ndarray]:
+def _originals(job: PrecomputeJob, cache: LatentCache, ids_N: np.ndarray, keys: Sequence[str]) -> list[np.ndarray]:
     """The images as the first stage saw them.
 
     raises  ValueError where one is not there

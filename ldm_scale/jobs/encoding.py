@@ -49,9 +49,9 @@ from ldm_scale.first_stage.base import MomentsKind
 from ldm_scale.images.decode import UndecodableImage, decode
 from ldm_scale.images.resize import ImageTransform, RejectedImage
 from ldm_scale.jobs.claims import Claims
-from ldm_scale.jobs.config import PrecomputeConfig
 from ldm_scale.jobs.image_encoder import Auditor, Decoded, ImageEncoder, has_white_bars
 from ldm_scale.jobs.image_tars import ImageTars
+from ldm_scale.jobs.schemas.precompute import PrecomputeConfig
 
 STAGING = ".staging"
 """Folder in a cache where shards are written before they are whole."""

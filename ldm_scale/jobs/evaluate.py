@@ -20,6 +20,7 @@ from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.images.resize import ImageTransformConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import guidance_sweep, loading, reference_set, watch
+from ldm_scale.jobs.schemas.evaluate import EvaluateJob
 from ldm_scale.jobs.scores import (
     GenerationScores,
     HeldOutImages,
@@ -32,7 +33,7 @@ from ldm_scale.latent_diffusion.generate import Generator
 _COLUMNS = 8  # pairs in a row of the picture
 
 
-def run(job: jobs_config.EvaluateJob) -> None:
+def run(job: EvaluateJob) -> None:
     """Print the scores, and write them with everything they depend on to `evaluation/` beside what was scored."""
     runtime.configure_logging()
     runtime.join()
@@ -52,7 +53,7 @@ def run(job: jobs_config.EvaluateJob) -> None:
     runtime.leave()
 
 
-def _score_second_stage(job: jobs_config.EvaluateJob) -> None:
+def _score_second_stage(job: EvaluateJob) -> None:
     assert job.run_dir is not None, "asked only of a run"
     if job.data.size is not None:
         raise ValueError(f"data.size={job.data.size}: a second stage is scored at the size that it was trained at")
@@ -94,7 +95,7 @@ class _Scored:
     """Where scores go, without the name's end."""
 
 
-def _trained(job: jobs_config.EvaluateJob, trained: loading.RunWeights) -> _Scored:
+def _trained(job: EvaluateJob, trained: loading.RunWeights) -> _Scored:
     data = trained.data
     data = replace(
         data,
@@ -105,7 +106,7 @@ def _trained(job: jobs_config.EvaluateJob, trained: loading.RunWeights) -> _Scor
     return _Scored(trained.first_stage(), described, data, _out(job, trained.checkpoint))
 
 
-def _given(job: jobs_config.EvaluateJob) -> _Scored:
+def _given(job: EvaluateJob) -> _Scored:
     checkpoint, size = job.first_stage.checkpoint, job.data.size
     assert checkpoint is not None and size is not None, "EvaluateJob checks it"
     transform = ImageTransformConfig(size=size)
@@ -115,7 +116,7 @@ def _given(job: jobs_config.EvaluateJob) -> _Scored:
     )
 
 
-def _score_first_stage(job: jobs_config.EvaluateJob, scored: _Scored) -> None:
+def _score_first_stage(job: EvaluateJob, scored: _Scored) -> None:
     if job.guidances:
         raise ValueError(f"guidances={job.guidances}: {scored.described} is a first stage, which nothing guides")
     network = scored.network.to(runtime.device())
@@ -161,7 +162,7 @@ def _write(out: Path, found: Mapping[str, float], beside: Mapping[str, Any], tit
     print(f"scores and what they depend on: {file}")
 
 
-def _out(job: jobs_config.EvaluateJob, checkpoint: Path) -> Path:
+def _out(job: EvaluateJob, checkpoint: Path) -> Path:
     """Where the scores of a checkpoint of a run go, without the end of the name."""
     name = f"{checkpoint.name.removeprefix('images_')}_{job.weights.replace('/', '_')}"
     return Path(str(job.run_dir)) / "evaluation" / name

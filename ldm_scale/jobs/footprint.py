@@ -31,14 +31,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.model_table import conditioner_inputs
+from ldm_scale.jobs.schemas.experiment import Experiment
 from ldm_scale.nn.unet import BLOCK_KINDS
 from ldm_scale.training.engine import DTYPES, EngineKind, Precision
 
 _FLATTENED, _BUCKET, _LIVE = 500_000_000, 50_000_000, 1_000_000_000  # elements, see above
 _BLOCK = re.compile(r".*\.(resnets|attentions|downsamplers|upsamplers)\.\d+")  # what a U-Net can recompute
-Job = TypeVar("Job", bound=jobs_config.Experiment)
+Job = TypeVar("Job", bound=Experiment)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +134,7 @@ def checkpointing_everything(job: Job) -> Job:
     return replace(job, unet=replace(job.unet, activation_checkpointing=list(BLOCK_KINDS)))
 
 
-def activation_bytes(job: jobs_config.Experiment, precision: Precision, batch: int) -> int:
+def activation_bytes(job: Experiment, precision: Precision, batch: int) -> int:
     """Bytes that a forward pass of `batch` images keeps for the backward pass, or needs at its own peak if more.
 
     With activation checkpointing, also what the backward pass rebuilds of the largest block. Nothing is computed:
@@ -148,7 +148,7 @@ def activation_bytes(job: jobs_config.Experiment, precision: Precision, batch: i
     return max(measured.bytes + _measure(whole, precision, batch).largest_block, measured.peak)
 
 
-def _measure(job: jobs_config.Experiment, precision: Precision, batch: int) -> "_Live":
+def _measure(job: Experiment, precision: Precision, batch: int) -> "_Live":
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     with torch.device("meta"):
         module: nn.Module = job.first_stage.build() if job.trains_first_stage else job.latent_diffusion.build_trained()
@@ -164,7 +164,7 @@ def _measure(job: jobs_config.Experiment, precision: Precision, batch: int) -> "
     return live
 
 
-def _forward(job: jobs_config.Experiment, module: Any, batch: int, inputs: Tensor | None) -> Callable[[], object]:
+def _forward(job: Experiment, module: Any, batch: int, inputs: Tensor | None) -> Callable[[], object]:
     """A call of the network on a batch of nothing; `inputs` is like one sample's condition."""
     side = job.data.transform.size
     z_BCHW = torch.empty(batch, *job.first_stage.latent_shape(side))

@@ -15,7 +15,7 @@ from ldm_scale.data.cache import Audit, LatentStatistics
 from ldm_scale.evaluation.reconstruction import psnr
 from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
 from ldm_scale.images.resize import Border
-from ldm_scale.jobs.config import Precision, PrecomputeConfig
+from ldm_scale.jobs.schemas.precompute import Precision, PrecomputeConfig
 
 _WHITE, _WHITE_SHARE = 225, 0.95  # brightness of a bar's pixels in every channel; how many of them are so bright
 _BAR = 16  # a bar takes at least one so-many-th of the side

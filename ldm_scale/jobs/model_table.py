@@ -25,6 +25,7 @@ from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.core import storage
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.schemas.experiment import Experiment
 
 IMAGE_SIDE = 256  # pixels of the images that first stages are measured on
 
@@ -152,14 +153,14 @@ def main() -> None:
         file.write(render(jobs, measure(jobs)).encode())
 
 
-def experiments() -> dict[str, jobs_config.Experiment]:
+def experiments() -> dict[str, Experiment]:
     """Every experiment at full scale by name, but for variants; a job that refuses none of them."""
     names = {file.stem for file in (jobs_config.CONF / "experiment").glob("*.yaml")} - VARIANTS.keys()
     ordered = sorted(names, key=_natural)
     return {name: jobs_config.compose("precompute_latents", [f"+experiment={name}"]) for name in ordered}
 
 
-def measure(jobs: Mapping[str, jobs_config.Experiment]) -> dict[str, Figures]:
+def measure(jobs: Mapping[str, Experiment]) -> dict[str, Figures]:
     """What the networks of these experiments are made of: first stages where those are trained, else second stages."""
     return {
         name: measure_first_stage(job) if job.trains_first_stage else measure_diffusion(job)
@@ -167,7 +168,7 @@ def measure(jobs: Mapping[str, jobs_config.Experiment]) -> dict[str, Figures]:
     }
 
 
-def render(jobs: Mapping[str, jobs_config.Experiment], measured: Mapping[str, Figures]) -> str:
+def render(jobs: Mapping[str, Experiment], measured: Mapping[str, Figures]) -> str:
     """docs/models.md."""
     first_stages, diffusion = [], []
     for name, ours in measured.items():
@@ -179,7 +180,7 @@ def render(jobs: Mapping[str, jobs_config.Experiment], measured: Mapping[str, Fi
     return f"{_HEAD}{_FIRST_STAGES}{tables[0]}{_DIFFUSION}{tables[1]}"
 
 
-def measure_first_stage(job: jobs_config.Experiment) -> FirstStageFigures:
+def measure_first_stage(job: Experiment) -> FirstStageFigures:
     """What the first stage of this experiment is made of."""
     with torch.device("meta"):
         network = job.first_stage.build()
@@ -190,7 +191,7 @@ def measure_first_stage(job: jobs_config.Experiment) -> FirstStageFigures:
         )
 
 
-def measure_diffusion(job: jobs_config.Experiment) -> DiffusionFigures:
+def measure_diffusion(job: Experiment) -> DiffusionFigures:
     """What the second stage of this experiment is made of."""
     with torch.device("meta"):
         model = job.latent_diffusion.build_trained()
@@ -201,7 +202,7 @@ def measure_diffusion(job: jobs_config.Experiment) -> DiffusionFigures:
     return DiffusionFigures(parameters(model.unet), gflop, parameters(conditioner))
 
 
-def conditioner_inputs(job: jobs_config.Experiment) -> Tensor | None:
+def conditioner_inputs(job: Experiment) -> Tensor | None:
     """What a training gives its conditioner of one sample, all zero, on torch's default device; None for none."""
     _, height, width = job.first_stage.latent_shape(job.data.transform.size)
     told = job.conditioning
@@ -235,11 +236,11 @@ def _gflop(forward: Callable[[], object]) -> float:
     return float(counter.get_total_flops() / 1e9)
 
 
-def _first_stage_row(job: jobs_config.Experiment, ours: Figures) -> list[str]:
+def _first_stage_row(job: Experiment, ours: Figures) -> list[str]:
     return [job.experiment, _latent(job, IMAGE_SIDE), *_beside(ours, PUBLISHED.get(job.experiment))]
 
 
-def _diffusion_row(job: jobs_config.Experiment, ours: Figures) -> list[str]:
+def _diffusion_row(job: Experiment, ours: Figures) -> list[str]:
     stands_on = "pixels" if job.first_stage.checkpoint is None else Path(job.first_stage.checkpoint).name
     millions, counted = PAPER.get(job.experiment, (0, ""))
     return [
@@ -257,7 +258,7 @@ def _beside(ours: Figures, theirs: Figures | None) -> list[str]:
     return [cell for pair in zip(cells, published, strict=True) for cell in pair]
 
 
-def _latent(job: jobs_config.Experiment, side: int) -> str:
+def _latent(job: Experiment, side: int) -> str:
     channels, height, width = job.first_stage.latent_shape(side)
     return f"{height} x {width} x {channels}"
 

@@ -35,6 +35,8 @@ from ldm_scale.jobs.footprint import Footprint, activation_bytes, checkpointing_
 from ldm_scale.jobs.model_table import conditioner_inputs, parameters
 from ldm_scale.jobs.precompute import member_bytes, moments_of, text_shape
 from ldm_scale.jobs.preflight import Check
+from ldm_scale.jobs.schemas.experiment import Experiment
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.speed import Machine, Step, Work
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
 from ldm_scale.training.engine import EngineKind
@@ -117,9 +119,7 @@ class Plan:
         return any(check.state == "fails" for check in self.checks)
 
 
-def plan(
-    job: jobs_config.TrainJob, machine: Machine, *, world: int, images: int | None = None, price: float | None = None
-) -> Plan:
+def plan(job: TrainJob, machine: Machine, *, world: int, images: int | None = None, price: float | None = None) -> Plan:
     """Work everything out.
 
     images  in the data set; None counts those that are there
@@ -164,7 +164,7 @@ def plan(
     )
 
 
-def measure(job: jobs_config.Experiment) -> Figures:
+def measure(job: Experiment) -> Figures:
     """The networks of an experiment, on the meta device."""
     size, scores, grid = job.data.transform.size, job.evaluation.images, job.evaluation.grid
     with torch.device("meta"):
@@ -205,9 +205,9 @@ def _flops(forward: Callable[[], object]) -> float:
     return training_flops(forward, images=1) / 3  # which are a forward pass and a backward pass of twice as many
 
 
-def memory_of(job: jobs_config.TrainJob, machine: Machine, figures: Figures, world: int) -> list[Memory]:
+def memory_of(job: TrainJob, machine: Machine, figures: Figures, world: int) -> list[Memory]:
     """Every engine, as configured and (a U-Net) with every block recomputed."""
-    variants: dict[bool, jobs_config.TrainJob] = {_recomputes(job): job}
+    variants: dict[bool, TrainJob] = {_recomputes(job): job}
     if job.unet is not None:
         plain = replace(job, unet=replace(job.unet, activation_checkpointing=[]))
         variants = {False: plain, True: checkpointing_everything(job), **variants}
@@ -231,9 +231,7 @@ def memory_of(job: jobs_config.TrainJob, machine: Machine, figures: Figures, wor
     return found
 
 
-def _scale(
-    job: jobs_config.TrainJob, figures: Figures, work: Work, machine: Machine, world: int, price: float | None
-) -> Scale:
+def _scale(job: TrainJob, figures: Figures, work: Work, machine: Machine, world: int, price: float | None) -> Scale:
     fitted = fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=BatchFit.nearest)
     step = speed.step(work, machine, world=world, micro_batch=fitted.micro_batch, accumulation=fitted.accumulation)
     batches = math.ceil(job.evaluation.images / job.evaluation.batch)
@@ -252,7 +250,7 @@ def _scale(
     )
 
 
-def _images_there(job: jobs_config.TrainJob) -> int | None:
+def _images_there(job: TrainJob) -> int | None:
     """In the latent cache, or else in the image shards; None where there is neither."""
     for open_all in (job.data.open_latents, job.data.open_images):
         with suppress(ValueError, OSError):
@@ -260,11 +258,11 @@ def _images_there(job: jobs_config.TrainJob) -> int | None:
     return None
 
 
-def _recomputes(job: jobs_config.Experiment) -> bool:
+def _recomputes(job: Experiment) -> bool:
     return job.unet is not None and bool(job.unet.activation_checkpointing)
 
 
-def _cached_bytes(job: jobs_config.Experiment) -> int:
+def _cached_bytes(job: Experiment) -> int:
     """Of one image in a latent cache: blocks of the latent and of the caption (and its tokens), index and metadata."""
     if job.trains_first_stage or job.data.source is Origin.images:
         return 0

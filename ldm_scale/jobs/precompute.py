@@ -40,6 +40,8 @@ from ldm_scale.jobs.claims import Claims
 from ldm_scale.jobs.encoding import STAGING, CacheIdentity, Pipeline
 from ldm_scale.jobs.image_encoder import ImageEncoder
 from ldm_scale.jobs.image_tars import ImageTars, sweep
+from ldm_scale.jobs.schemas.experiment import Experiment
+from ldm_scale.jobs.schemas.precompute import PrecomputeConfig, PrecomputeJob
 
 log = runtime.logger(__name__)
 
@@ -49,7 +51,7 @@ _TRIED_SHARE = 64  # the speed is tried on at most one so-many-th of the images
 _POLL_S = 1.0
 
 
-def run(job: jobs_config.PrecomputeJob) -> None:
+def run(job: PrecomputeJob) -> None:
     """Encode every shard that is not done yet, then write the manifest.
 
     exits  0 done, 75 preempted
@@ -90,7 +92,7 @@ def run(job: jobs_config.PrecomputeJob) -> None:
 
 
 def identity(
-    job: jobs_config.Experiment, first_stage: FirstStage, text_encoder: ClipTextConditioner | None = None
+    job: Experiment, first_stage: FirstStage, text_encoder: ClipTextConditioner | None = None
 ) -> CacheIdentity:
     """What a cache must have been made with to be this experiment's."""
     config = jobs_config.to_plain(job.first_stage)
@@ -156,7 +158,7 @@ class Estimate:
     folder: Path
 
     @classmethod
-    def of(cls, job: jobs_config.PrecomputeJob, tars: ImageTars, folder: Path) -> "Estimate":
+    def of(cls, job: PrecomputeJob, tars: ImageTars, folder: Path) -> "Estimate":
         """Judge by the shards that have no latents yet."""
         _, shape = moments_of(job.first_stage, job.data.transform.size)
         wanted = range(len(tars.names))[: job.precompute.limit_shards or None]
@@ -198,13 +200,13 @@ class Estimate:
         )  # fmt: skip
 
 
-def _folder(job: jobs_config.PrecomputeJob) -> Path:
+def _folder(job: PrecomputeJob) -> Path:
     if job.data.latents is None or storage.is_remote(job.data.latents):
         raise ValueError(f"data.latents={job.data.latents}: name a local directory for the latent cache")
     return Path(job.data.latents)
 
 
-def _fixed_transform(job: jobs_config.PrecomputeJob) -> ImageTransform:
+def _fixed_transform(job: PrecomputeJob) -> ImageTransform:
     transform = job.data.transform.build()
     if transform.random:
         raise ValueError(
@@ -214,7 +216,7 @@ def _fixed_transform(job: jobs_config.PrecomputeJob) -> ImageTransform:
     return transform
 
 
-def _image_tars(job: jobs_config.PrecomputeJob) -> ImageTars:
+def _image_tars(job: PrecomputeJob) -> ImageTars:
     if not job.data.images:
         raise ValueError("data.images is not set: give a directory, brace range, glob or list of image shards")
     return ImageTars(
@@ -226,7 +228,7 @@ def _image_tars(job: jobs_config.PrecomputeJob) -> ImageTars:
     )
 
 
-def _begin(folder: Path, made_by: CacheIdentity, config: jobs_config.PrecomputeConfig, tars: ImageTars) -> None:
+def _begin(folder: Path, made_by: CacheIdentity, config: PrecomputeConfig, tars: ImageTars) -> None:
     """Note what makes this cache, before its first shard; refuse a folder that holds another one.
 
     raises  ValueError naming what differs
@@ -280,7 +282,7 @@ def _wanted(pipeline: Pipeline, limit: int) -> list[int]:
     return [tar for tar in everything if tar < limit or pipeline.finished(tar) is not None]
 
 
-def _speed(encoder: ImageEncoder, config: jobs_config.PrecomputeConfig, size: int, images: int) -> float:
+def _speed(encoder: ImageEncoder, config: PrecomputeConfig, size: int, images: int) -> float:
     """Images that this process encodes in a second, tried on a batch of zeros after one to warm up."""
     batch = config.batch if config.compile else min(config.batch, max(1, images // _TRIED_SHARE))
     pixels_BHWC = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
@@ -309,7 +311,7 @@ def _encode_all(
 
 
 def _finish_once(
-    job: jobs_config.PrecomputeJob,
+    job: PrecomputeJob,
     pipeline: Pipeline,
     records: list[ShardRecord],
     claims: Claims,
@@ -335,9 +337,7 @@ def _manifest(folder: Path) -> CacheManifest | None:
         return None
 
 
-def _finish(
-    job: jobs_config.PrecomputeJob, pipeline: Pipeline, records: list[ShardRecord], before: CacheManifest | None
-) -> None:
+def _finish(job: PrecomputeJob, pipeline: Pipeline, records: list[ShardRecord], before: CacheManifest | None) -> None:
     """Write list of rejected samples, manifest and (where the text encoder wants one) the vocabulary."""
     made_by, folder, config = pipeline.identity, pipeline.folder, job.precompute
     lines = [
@@ -365,7 +365,7 @@ def _finish(
     _say(job, folder, manifest, records)
 
 
-def _train_vocabulary(job: jobs_config.PrecomputeJob, folder: Path, *, keep: bool) -> None:
+def _train_vocabulary(job: PrecomputeJob, folder: Path, *, keep: bool) -> None:
     """A text encoder whose tokenizer lies in the cache gets one trained on the cache's captions.
 
     keep  leave one that is there: models may have been trained with it, on the smaller cache that this one was
@@ -389,7 +389,7 @@ def _gigabytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB"
 
 
-def _say(job: jobs_config.PrecomputeJob, folder: Path, manifest: CacheManifest, records: list[ShardRecord]) -> None:
+def _say(job: PrecomputeJob, folder: Path, manifest: CacheManifest, records: list[ShardRecord]) -> None:
     reasons = Counter(manifest.rejected)
     audits = [record.audit.psnr for record in records if record.audit is not None]
     error = manifest.first_stage["float32_error"]

@@ -17,9 +17,9 @@ from ldm_scale.data.config import Origin
 from ldm_scale.evaluation.alignment import ClipScore
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.loss import perceptual_network
-from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.precompute import identity
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.scores import features_of
 from ldm_scale.tracking.tracker import WandbMode
 from ldm_scale.tracking.weights_and_biases import may_go_online
@@ -57,7 +57,7 @@ class Needs:
     gpu_memory: int
 
 
-def checks(job: jobs_config.TrainJob, needs: Needs) -> list[Check]:
+def checks(job: TrainJob, needs: Needs) -> list[Check]:
     """Every check, in the order in which the job would stumble."""
     return [_checked(name, work) for name, work in _all(job, needs)]
 
@@ -71,7 +71,7 @@ def _checked(name: str, work: Callable[[], str]) -> Check:
         return Check(name, "fails", str(error))
 
 
-def _all(job: jobs_config.TrainJob, needs: Needs) -> Iterator[tuple[str, Callable[[], str]]]:
+def _all(job: TrainJob, needs: Needs) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "batch", lambda: _batch(job, needs.world)
     yield "engine", lambda: _engine(job, needs.world)
     yield "memory", lambda: _memory(job, needs)
@@ -90,12 +90,12 @@ def _first_stage(config: FirstStageConfig) -> str:
     return "has no weights" if where is None else f"weights in {where}"
 
 
-def _batch(job: jobs_config.TrainJob, world: int) -> str:
+def _batch(job: TrainJob, world: int) -> str:
     fitted = fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=job.batch_fit)
     return f"{fitted.global_batch} = {fitted.micro_batch} x {world} GPUs x {fitted.accumulation}"
 
 
-def _engine(job: jobs_config.TrainJob, world: int) -> str:
+def _engine(job: TrainJob, world: int) -> str:
     kind = job.engine.kind
     if kind.value == "one_process" and world > 1:
         raise ValueError(f"engine.kind=one_process on {world} GPUs: choose ddp or zero1, or --gpus 1")
@@ -104,7 +104,7 @@ def _engine(job: jobs_config.TrainJob, world: int) -> str:
     return f"{kind.value} {job.engine.precision.value}; this machine has {runtime.device()}"
 
 
-def _memory(job: jobs_config.TrainJob, needs: Needs) -> str:
+def _memory(job: TrainJob, needs: Needs) -> str:
     said = f"{_gb(needs.gpu_bytes)} of {_gb(needs.gpu_memory)} on each GPU"
     if needs.gpu_bytes > needs.gpu_memory:
         raise ValueError(
@@ -114,7 +114,7 @@ def _memory(job: jobs_config.TrainJob, needs: Needs) -> str:
     return said
 
 
-def _conditions(job: jobs_config.TrainJob) -> str:
+def _conditions(job: TrainJob) -> str:
     told = job.conditioning
     if (encoder := loading.text_encoder(told)) is not None:
         return f"text encoder {encoder.config.model}, frozen: its output is cached"
@@ -131,7 +131,7 @@ def _conditions(job: jobs_config.TrainJob) -> str:
     return f"tokenizer {told.tokenizer}, {size:,} tokens"
 
 
-def _data(job: jobs_config.TrainJob) -> str:
+def _data(job: TrainJob) -> str:
     if job.trains_first_stage or job.data.source is Origin.images:
         return _images(job)
     if job.data.latents is None and job.data.images:
@@ -153,7 +153,7 @@ def _data(job: jobs_config.TrainJob) -> str:
     return f"{sum(cache.n for cache in caches.values()):,} latents, made by this first stage and transform"
 
 
-def _images(job: jobs_config.TrainJob) -> str:
+def _images(job: TrainJob) -> str:
     sets = job.data.open_images()
     for shards in sets.values():
         places = shards.starts[:-1][shards.counts > 0]
@@ -161,13 +161,13 @@ def _images(job: jobs_config.TrainJob) -> str:
     return f"{sum(shards.n for shards in sets.values()):,} images in {sum(len(s.urls) for s in sets.values()):,} shards"
 
 
-def _held_out(job: jobs_config.TrainJob) -> str:
+def _held_out(job: TrainJob) -> str:
     shards = job.data.open_validation()
     shards.read(_some(shards.n), job.data.task.fields)
     return f"{shards.n:,} images"
 
 
-def _scores(job: jobs_config.TrainJob) -> str:
+def _scores(job: TrainJob) -> str:
     features_of(job.evaluation, job.paths)
     if job.evaluation.clip is not None:
         ClipScore(job.evaluation.clip)
@@ -176,7 +176,7 @@ def _scores(job: jobs_config.TrainJob) -> str:
     return f"features: {job.evaluation.features.value}"
 
 
-def _disk(job: jobs_config.TrainJob, needs: Needs) -> str:
+def _disk(job: TrainJob, needs: Needs) -> str:
     run_dir = Path(job.run_dir).absolute()
     free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.parents) if path.exists())).free
     wanted = needs.checkpoint_bytes * needs.checkpoints
@@ -186,7 +186,7 @@ def _disk(job: jobs_config.TrainJob, needs: Needs) -> str:
     return said
 
 
-def _wandb(job: jobs_config.TrainJob) -> str:
+def _wandb(job: TrainJob) -> str:
     if not job.tracker.wandb:
         return "not asked for"
     if job.tracker.mode is WandbMode.offline:

@@ -26,10 +26,11 @@ from ldm_scale.images.decode import UndecodableImage, decode
 from ldm_scale.images.resize import UNIFORMS, ImageTransform, ImageTransformConfig, RejectedImage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
+from ldm_scale.jobs.schemas.evaluate import EvaluateJob
 from ldm_scale.jobs.scores import HeldOutImages, features_of
 
 
-def write(job: jobs_config.EvaluateJob, file: Path) -> None:
+def write(job: EvaluateJob, file: Path) -> None:
     """Look at every image of the set, and write the file. Collective.
 
     raises  FileNotFoundError where there are no images, ValueError where one of a folder cannot be read
@@ -51,7 +52,7 @@ def write(job: jobs_config.EvaluateJob, file: Path) -> None:
         print(f"{file}: sha256 {storage.sha256_file(file)}; compare to it by evaluation.reference={file}")
 
 
-def _data(job: jobs_config.EvaluateJob) -> DataConfig:
+def _data(job: EvaluateJob) -> DataConfig:
     """What to look at, as `validation`, and how it is prepared: as the run does, or at data.size in the usual way."""
     if job.run_dir is None:
         assert job.data.size is not None, "EvaluateJob checks it"

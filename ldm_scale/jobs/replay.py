@@ -26,6 +26,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import repro
 from ldm_scale.jobs.export import locate
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.training import checkpoint
 from ldm_scale.training.checkpoint import CheckpointError, Checkpoints
@@ -96,7 +97,7 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
 
 
 def _steps(
-    job: jobs_config.TrainJob, engine: Engine, ema: EMA, stage: Stage, state: dict[str, Any], steps: int
+    job: TrainJob, engine: Engine, ema: EMA, stage: Stage, state: dict[str, Any], steps: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Images seen after each optimizer step, and its numbers over all ranks: the loop, without its looks and saves."""
     step, images = stage.step(engine, ema), int(state["images_seen"])

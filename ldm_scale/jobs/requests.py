@@ -17,7 +17,7 @@ from ldm_scale.conditioning.layout import WHOLE, Layout, LayoutConfig, LayoutObj
 from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.core import storage
 from ldm_scale.images import fit
-from ldm_scale.jobs.config import SampleJob
+from ldm_scale.jobs.schemas.sample import SampleJob
 
 _IMAGE_CHANNELS = 3
 _MASK = "_mask"  # may end the name of a mask, where its picture's has nothing

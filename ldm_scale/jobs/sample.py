@@ -25,6 +25,7 @@ from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading, requests
 from ldm_scale.jobs.pictures import Pictures
 from ldm_scale.jobs.requests import Kind, Request
+from ldm_scale.jobs.schemas.sample import GuideDistance, SampleJob
 from ldm_scale.latent_diffusion.generate import Distance, Generator, ImageGuide, Steering, l2
 from ldm_scale.latent_diffusion.spatial_inputs import masked_image
 from ldm_scale.samplers.base import Frame
@@ -34,7 +35,7 @@ log = runtime.logger(__name__)
 _COLUMNS = 10  # of a grid, at most
 
 
-def run(job: jobs_config.SampleJob) -> None:
+def run(job: SampleJob) -> None:
     """Write one PNG for each picture that is asked for, named by its number, and a labelled grid.
 
     exits  0 done, 75 preempted
@@ -62,7 +63,7 @@ def run(job: jobs_config.SampleJob) -> None:
 class Artist:
     """Draws batches of requests with one model."""
 
-    def __init__(self, job: jobs_config.SampleJob, trained: loading.TrainedModel, size: tuple[int, int]) -> None:
+    def __init__(self, job: SampleJob, trained: loading.TrainedModel, size: tuple[int, int]) -> None:
         self._job, self._trained, self._size = job, trained, size
         self._device = next(trained.model.parameters()).device
         self._distance = _distance(job, self._device)
@@ -172,14 +173,14 @@ class Artist:
         return torch.stack([fit.read_mask(one.files["masks"], self._size) for one in batch]).to(self._device)
 
 
-def _source(job: jobs_config.SampleJob) -> loading.ModelSource:
+def _source(job: SampleJob) -> loading.ModelSource:
     if job.model is not None:
         return loading.ModelDirectory(Path(job.model))
     assert job.run_dir is not None, "SampleJob asks for one of the two"
     return loading.TrainingRun(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)
 
 
-def _size(job: jobs_config.SampleJob, source: loading.ModelSource, asked: Sequence[Request]) -> tuple[int, int]:
+def _size(job: SampleJob, source: loading.ModelSource, asked: Sequence[Request]) -> tuple[int, int]:
     """Height and width of the pictures, which the first stage can decode.
 
     raises  ValueError for others, or where nothing says them
@@ -197,9 +198,9 @@ def _size(job: jobs_config.SampleJob, source: loading.ModelSource, asked: Sequen
     return height, width
 
 
-def _distance(job: jobs_config.SampleJob, device: torch.device) -> Distance:
+def _distance(job: SampleJob, device: torch.device) -> Distance:
     """What guidance by a picture makes small."""
-    if job.guide.distance is jobs_config.Distance.l2:
+    if job.guide.distance is GuideDistance.l2:
         return l2
     try:
         network = perceptual_network(AutoencoderLossConfig(perceptual=PerceptualKind.lpips), job.paths.weights)
@@ -209,7 +210,7 @@ def _distance(job: jobs_config.SampleJob, device: torch.device) -> Distance:
     return network.to(device)
 
 
-def _folder(job: jobs_config.SampleJob, who: list[str]) -> Path:
+def _folder(job: SampleJob, who: list[str]) -> Path:
     """Where the pictures go: `out`, or a directory of this request's own beside the model."""
     if job.out is not None:
         return Path(job.out)
@@ -243,12 +244,12 @@ def _draw(
             bar.move(pictures.count())
 
 
-def _columns(job: jobs_config.SampleJob, count: int) -> int:
+def _columns(job: SampleJob, count: int) -> int:
     """A row for each condition where there are several pictures of it, else near a square."""
     return min(_COLUMNS, job.images_per_prompt if job.images_per_prompt > 1 else max(1, round(count**0.5)))
 
 
-def _closing(job: jobs_config.SampleJob, pictures: Pictures, count: int) -> str:
+def _closing(job: SampleJob, pictures: Pictures, count: int) -> str:
     lines = [
         f"\nsamples  {pictures.folder} (PNG: {count}; each says how it was made)",
         f"  grid   {pictures.grid}",

@@ -30,6 +30,7 @@ from ldm_scale.first_stage.base import FirstStage, Rebuilt
 from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network
 from ldm_scale.first_stage.vq import AutoencoderVQConfig, perplexity, usage
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.schemas.experiment import EvaluationConfig, FeatureNetwork, PathsConfig
 from ldm_scale.latent_diffusion.generate import Generator
 from ldm_scale.tracking.grid import labelled_grid
 
@@ -82,8 +83,8 @@ class GenerationScores:
 
     def __init__(
         self,
-        config: jobs_config.EvaluationConfig,
-        paths: jobs_config.PathsConfig,
+        config: EvaluationConfig,
+        paths: PathsConfig,
         held_out: HeldOutImages,
         transform: dict[str, Any],
         device: torch.device,
@@ -151,9 +152,7 @@ class GenerationScores:
 class _Look:
     """Takes in a set of pictures with their captions: statistics of the one, how well they fit the other."""
 
-    def __init__(
-        self, config: jobs_config.EvaluationConfig, features: Features, clip: ClipScore | None, count: int
-    ) -> None:
+    def __init__(self, config: EvaluationConfig, features: Features, clip: ClipScore | None, count: int) -> None:
         self._collector = Collector(features, count, config.scores)
         self._clip, self._is_toy, self._count = clip, config.caption_accuracy, count
         self._names = (*(["clip_score"] if clip else []), *(_ACCURACIES if self._is_toy else ()))
@@ -199,14 +198,14 @@ class ReconstructionScores:
 
     def __init__(
         self,
-        config: jobs_config.EvaluationConfig,
-        paths: jobs_config.PathsConfig,
+        config: EvaluationConfig,
+        paths: PathsConfig,
         held_out: HeldOutImages,
         device: torch.device,
     ) -> None:
         self._config, self._held_out, self._device = config, held_out, device
         self._features = features_of(config, paths).to(device)
-        is_random = config.features is jobs_config.Features.random
+        is_random = config.features is FeatureNetwork.random
         perceptual = AutoencoderLossConfig(perceptual=PerceptualKind.none if is_random else PerceptualKind.lpips)
         lpips = perceptual_network(perceptual, paths.weights)
         self._measures: dict[str, Perceptual] = {"psnr": psnr, "ssim": ssim}
@@ -292,15 +291,15 @@ def reconstruction_grid(
     return labelled_grid(pictures, texts, columns=columns, title=title)
 
 
-def features_of(config: jobs_config.EvaluationConfig, paths: jobs_config.PathsConfig) -> Features:
+def features_of(config: EvaluationConfig, paths: PathsConfig) -> Features:
     """The network that images are looked at with.
 
     raises  FileNotFoundError where its weights are not in paths.weights
     """
     match config.features:
-        case jobs_config.Features.random:
+        case FeatureNetwork.random:
             return RandomFeatures()
-        case jobs_config.Features.inception:
+        case FeatureNetwork.inception:
             return InceptionFeatures(Path(paths.weights))
-        case jobs_config.Features.inception_clean:
+        case FeatureNetwork.inception_clean:
             return InceptionFeatures(Path(paths.weights), Resizing.clean)

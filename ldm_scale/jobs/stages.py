@@ -26,6 +26,7 @@ from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.precompute import identity
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.scores import (
     Between,
     GenerationScores,
@@ -121,7 +122,7 @@ class Stage(ABC):
 class AutoencoderStage(Stage):
     """First stage: images to latents and back."""
 
-    def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
+    def __init__(self, job: TrainJob, device: torch.device, on_bad: OnBad) -> None:
         self._job = job
         shards = open_images(job.data)
         self._held_out = HeldOutImages.open(job.data, job.evaluation.images)
@@ -200,7 +201,7 @@ class DiffusionStage(Stage):
     A frozen text encoder is outside of it too: its output is cached with the latents.
     """
 
-    def __init__(self, job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> None:
+    def __init__(self, job: TrainJob, device: torch.device, on_bad: OnBad) -> None:
         self._job = job
         is_cached = job.data.source is Origin.latents
         caches = job.data.open_latents() if is_cached else {}
@@ -365,7 +366,7 @@ class DiffusionStage(Stage):
         return HeldOut((z_0_NCHW * self._latent_scale).to(device), inputs, self._job.seed, batch)
 
 
-def stage_of(job: jobs_config.TrainJob, device: torch.device, on_bad: OnBad) -> Stage:
+def stage_of(job: TrainJob, device: torch.device, on_bad: OnBad) -> Stage:
     """The training that a job asks for."""
     kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
     return kind(job, device, on_bad)

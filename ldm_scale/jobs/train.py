@@ -15,6 +15,7 @@ from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.looks import Looks
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.tracking.goodput import Ledger, idle_before
 from ldm_scale.tracking.report import write_report
@@ -33,7 +34,7 @@ from ldm_scale.training.watchdog import Watchdog
 log = runtime.logger(__name__)
 
 
-def run(job: jobs_config.TrainJob) -> None:
+def run(job: TrainJob) -> None:
     """Train to the end, or until told to stop; called again, go on from the newest checkpoint.
 
     exits  75 preempted, 0 stopped, 1 failed; `status.json` in the run directory says the same. Finished, it returns:
@@ -57,7 +58,7 @@ def run(job: jobs_config.TrainJob) -> None:
 
 
 def _train(
-    job: jobs_config.TrainJob,
+    job: TrainJob,
     run_dir: RunDir,
     tracker: Tracker,
     plain: dict[str, Any],
@@ -88,7 +89,7 @@ def _train(
 
 
 def _watched(
-    job: jobs_config.TrainJob,
+    job: TrainJob,
     run_dir: RunDir,
     tracker: Tracker,
     plain: dict[str, Any],
@@ -152,7 +153,7 @@ def _watched(
 
 
 def _checkpoints(
-    job: jobs_config.TrainJob, run_dir: RunDir, engine: Engine, ema: EMA, tracker: Tracker
+    job: TrainJob, run_dir: RunDir, engine: Engine, ema: EMA, tracker: Tracker
 ) -> tuple[Checkpoints, list[str]]:
     """The run's checkpoints, and a list that names those found damaged."""
     damaged: list[str] = []
@@ -176,7 +177,7 @@ def _checkpoints(
 
 
 def _assemble(
-    job: jobs_config.TrainJob,
+    job: TrainJob,
     run_dir: RunDir,
     engine: Engine,
     stage: Stage,
@@ -275,7 +276,7 @@ def _status_kept(run_dir: RunDir, tracker: Tracker) -> Iterator[None]:
         raise
 
 
-def _ended(job: jobs_config.TrainJob, run_dir: RunDir, tracker: Tracker, reason: str) -> None:
+def _ended(job: TrainJob, run_dir: RunDir, tracker: Tracker, reason: str) -> None:
     """For the watchdog: tell that training failed, on rank 0, or where that is lost on whichever comes first."""
     if runtime.is_main():
         _failed(run_dir, tracker, reason)

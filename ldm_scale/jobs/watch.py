@@ -14,6 +14,7 @@ from ldm_scale.core import runtime, storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.looks import Looks
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.tracking.tracker import Silent, strict_json
 from ldm_scale.training import checkpoint
@@ -32,7 +33,7 @@ def run(run_dir: RunDir) -> None:
     """
     if not run_dir.config.exists():
         raise FileNotFoundError(f"watch={run_dir.path} is not a training run: it has no {run_dir.config.name}")
-    job: jobs_config.TrainJob = jobs_config.job_from_plain("train", storage.read_json(run_dir.config))
+    job: TrainJob = jobs_config.job_from_plain("train", storage.read_json(run_dir.config))
     preemption = runtime.Preemption()
     stage = stage_of(job, runtime.device(), lambda key, reason, position: None)
     stage.module.to(runtime.device())
@@ -61,9 +62,7 @@ def _appearing(run_dir: RunDir, preemption: runtime.Preemption) -> Iterator[Path
             time.sleep(_BETWEEN_S)
 
 
-def _evaluations(
-    path: Path, job: jobs_config.TrainJob, stage: Stage, preemption: runtime.Preemption
-) -> list[Evaluation]:
+def _evaluations(path: Path, job: TrainJob, stage: Stage, preemption: runtime.Preemption) -> list[Evaluation]:
     stage.require_same_stream(checkpoint.read_state(path))
 
     @contextmanager

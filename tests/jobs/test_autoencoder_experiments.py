@@ -10,6 +10,7 @@ from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.data.loader import Loader
 from ldm_scale.first_stage.vq import AutoencoderVQ
 from ldm_scale.jobs import config
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import AutoencoderStage
 from ldm_scale.training.ema import EMA
 
@@ -27,7 +28,7 @@ class Training:
     """Some steps of an experiment, and what they found."""
 
     def __init__(self, experiment: str, world: Path, steps: int, *overrides: str) -> None:
-        job: config.TrainJob = config.compose(
+        job: TrainJob = config.compose(
             "train",
             [
                 f"+experiment={experiment}", "scale=toy", f"data.images={world}/train", f"data.validation={world}/val",

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_scale.jobs import config, model_table
+from ldm_scale.jobs.schemas.experiment import Experiment
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
 
 ROOT = config.CONF.parent
@@ -149,7 +150,7 @@ def test_a_frozen_text_encoder_trains_on_what_the_cache_holds(overrides: list[st
 def test_only_a_frozen_text_encoder_can_be_cached() -> None:
     assert config.compose("precompute_latents", [*CLIP, "precompute.text_embeddings=true"]).precompute.text_embeddings
     message = refusal([*TOY, "precompute.text_embeddings=true"], "precompute_latents")
-    assert "precompute.text_embeddings=true with conditioning=text_transformer" in message
+    assert "precompute.text_embeddings=true without conditioning=clip_text" in message
 
 
 def test_a_first_stage_without_weights_is_not_trained() -> None:
@@ -200,7 +201,7 @@ def test_the_four_doors() -> None:
 
 
 @functools.cache
-def experiment(name: str, scale: str) -> config.Experiment:
+def experiment(name: str, scale: str) -> Experiment:
     """Composed as the one job that refuses none of them."""
     return config.compose("precompute_latents", [f"+experiment={name}", f"scale={scale}"])
 

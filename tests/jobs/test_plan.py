@@ -16,21 +16,22 @@ from torch.nn import functional
 from ldm_scale.jobs import config, plan, preflight, speed
 from ldm_scale.jobs.footprint import _Fused, _Live, activation_bytes, checkpointing_everything, footprint
 from ldm_scale.jobs.preflight import Check, Needs
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.speed import MACHINES, Work
 from ldm_scale.training.engine import EngineKind, Precision
 
 H100 = MACHINES["h100"]
 TXT2IMG = 872_300_484 + 581_994_042 - 39_098_682  # facts.md 2.1, without the head that nothing reads
-Job = Callable[..., config.TrainJob]
+Job = Callable[..., TrainJob]
 
 
 @pytest.fixture(scope="module")
-def laion() -> config.TrainJob:
-    job: config.TrainJob = config.compose("train", ["+experiment=txt2img_laion", "name=x"])
+def laion() -> TrainJob:
+    job: TrainJob = config.compose("train", ["+experiment=txt2img_laion", "name=x"])
     return job
 
 
-def test_the_figures_of_the_published_model(laion: config.TrainJob) -> None:
+def test_the_figures_of_the_published_model(laion: TrainJob) -> None:
     found = plan.measure(laion)
     assert found.parameters == TXT2IMG
     assert found.frozen_bytes == 4 * 83_653_863
@@ -79,7 +80,7 @@ def test_attention_keeps_its_inputs_and_output() -> None:
 
 
 @pytest.mark.slow
-def test_activations_grow_with_the_batch_and_shrink_with_recomputation(laion: config.TrainJob) -> None:
+def test_activations_grow_with_the_batch_and_shrink_with_recomputation(laion: TrainJob) -> None:
     one, four = (activation_bytes(laion, Precision.bf16, batch) for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.02)
     assert activation_bytes(laion, Precision.fp32, 1) > 1.5 * one
@@ -137,14 +138,14 @@ def job(world: Any, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.chdir(world.path)
     monkeypatch.setenv("WANDB_MODE", "offline")
 
-    def compose(*overrides: str) -> config.TrainJob:
-        found: config.TrainJob = config.compose("train", world.tiny_training("name=planned", *overrides)[2:])
+    def compose(*overrides: str) -> TrainJob:
+        found: TrainJob = config.compose("train", world.tiny_training("name=planned", *overrides)[2:])
         return found
 
     return compose
 
 
-def checked(job: config.TrainJob, **needs: int) -> dict[str, Check]:
+def checked(job: TrainJob, **needs: int) -> dict[str, Check]:
     asked = {"world": 1, "checkpoint_bytes": 1, "checkpoints": 1, "gpu_bytes": 1, "gpu_memory": 2}
     return {check.name: check for check in preflight.checks(job, Needs(**(asked | needs)))}
 

@@ -19,6 +19,7 @@ from PIL import Image
 from ldm_scale.core import storage, weights
 from ldm_scale.data.shards import ShardWriter
 from ldm_scale.jobs import config, precompute
+from ldm_scale.jobs.schemas.precompute import PrecomputeJob
 
 ROUNDS = 20
 SHARDS, IMAGES = 24, 10
@@ -33,8 +34,8 @@ def work(shards: str, folder: str) -> None:
     precompute.run(job(shards, f"data.latents={folder}/latents", f"data.index_dir={folder}/index"))
 
 
-def job(shards: str, *overrides: str) -> config.PrecomputeJob:
-    composed: config.PrecomputeJob = config.compose(
+def job(shards: str, *overrides: str) -> PrecomputeJob:
+    composed: PrecomputeJob = config.compose(
         "precompute_latents",
         [
             "+experiment=autoencoder_kl_f4", "scale=toy", "first_stage.channels=16",

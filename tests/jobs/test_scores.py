@@ -8,13 +8,14 @@ from ldm_scale.core.runtime import Preempted
 from ldm_scale.data.sources import ImageBatch
 from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.jobs import config
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.scores import HeldOutImages, ReconstructionScores
 
 
 @pytest.fixture(scope="module")
-def job() -> config.TrainJob:
+def job() -> TrainJob:
     sizes = ["first_stage.channels=8", "evaluation.images=8", "evaluation.batch=2"]
-    found: config.TrainJob = config.compose("train", ["+experiment=autoencoder_kl_f4", "scale=toy", *sizes])
+    found: TrainJob = config.compose("train", ["+experiment=autoencoder_kl_f4", "scale=toy", *sizes])
     return found
 
 
@@ -29,7 +30,7 @@ class Given:
         return ImageBatch(torch.from_numpy(positions), names, names, self.images[positions], None)
 
 
-def test_a_score_ends_where_it_is_told_to(job: config.TrainJob) -> None:
+def test_a_score_ends_where_it_is_told_to(job: TrainJob) -> None:
     torch.manual_seed(0)
     first_stage: FirstStage = job.first_stage.build()
     held_out = HeldOutImages(Given(8), 8, digest="none")  # type: ignore[arg-type]

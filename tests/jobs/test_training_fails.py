@@ -7,6 +7,7 @@ import pytest
 
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, train
+from ldm_scale.jobs.schemas.train import TrainJob
 
 
 def told(run_dir: RunDir) -> list[tuple[str, str]]:
@@ -16,7 +17,7 @@ def told(run_dir: RunDir) -> list[tuple[str, str]]:
     return [(status["state"], status["reason"]), *((line, "") for line in lines)]
 
 
-def a_job(path: Path) -> config.TrainJob:
+def a_job(path: Path) -> TrainJob:
     overrides = ["+experiment=autoencoder_kl_f4", "scale=toy", f"run_dir={path}", "tracker.wandb=false"]
     return config.compose("train", overrides)
 

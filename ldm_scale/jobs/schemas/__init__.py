@@ -1,0 +1,1 @@
+"""What may be said to each job: dataclasses that check themselves, composed by `ldm_scale.jobs.config`."""
