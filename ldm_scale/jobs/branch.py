@@ -18,7 +18,7 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import identity
 from ldm_scale.jobs.schemas.train import InitWhat, TrainJob
-from ldm_scale.training import checkpoint
+from ldm_scale.training import checkpoint, checkpoint_files
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
@@ -83,7 +83,7 @@ class Parent:
         if self.kind is None:
             held = weights.load(self.where).tensors
             return {n: t for n, t in held.items() if self.left_out is None or not n.startswith(self.left_out)}
-        return checkpoint.read_consolidated(self.where, self.kind)[1]
+        return checkpoint_files.read_consolidated(self.where, self.kind)[1]
 
 
 def parent_of(job: TrainJob) -> Parent | None:
@@ -111,14 +111,14 @@ def _from_run(job: TrainJob, run: RunDir, name: str) -> Parent:
         raise ValueError(
             f"init={job.init} trained a {'first' if config['unet'] is None else 'second'} stage, not this one's"
         )
-    where = checkpoint.find(run.checkpoints, name)
+    where = checkpoint_files.find(run.checkpoints, name)
     kinds = {InitWhat.weights: "weight", InitWhat.ema: f"ema/{config['ema_half_lives'][0]}", InitWhat.all: "all"}
     keys = ("first_stage",) if job.trains_first_stage else ("unet", "conditioning", "diffusion")
     return Parent(
         where=where,
         kind=kinds[job.init_what],
         parts={key: config[key] for key in keys},
-        latent_scale=checkpoint.read_state(where).get("latent_scale"),
+        latent_scale=checkpoint_files.read_state(where).get("latent_scale"),
     )
 
 

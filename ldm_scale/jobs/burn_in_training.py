@@ -20,8 +20,8 @@ from ldm_scale.jobs import replay, train
 from ldm_scale.jobs.burn_in_crew import Crew, Ended, hit, reached
 from ldm_scale.jobs.preflight import Check
 from ldm_scale.jobs.schemas.train import TrainJob
-from ldm_scale.training import checkpoint
 from ldm_scale.training.batch_fit import divisors
+from ldm_scale.training.checkpoint_files import complete_ones, read_consolidated
 
 _SAVES, _LOGS = 8, 40  # of a run
 _KILLED_AT, _STOPPED_AT = 0.45, 0.6  # share of the steps: after the third save; and with the fourth one behind
@@ -134,7 +134,7 @@ class Rehearsal:
         return f"as the undisturbed run: {said}, relative ({self._band:g} allowed)"
 
     def _replayed(self) -> str:
-        where = self._crew.agreed(lambda: str(checkpoint.complete_ones(self.disturbed.checkpoints)[1]))
+        where = self._crew.agreed(lambda: str(complete_ones(self.disturbed.checkpoints)[1]))
         steps = max(1, self._steps // _SAVES)
         logs = self._folder / "logs" / "replay"
         self._require(self._crew.work(logs, replay_worker, where, steps), "replay", lambda code: code == 0)
@@ -206,9 +206,7 @@ def differing(one: RunDir, other: RunDir, half_life: int) -> dict[str, float]:
         return {"losses (logged at other places)": math.inf}
     found = {"losses": max(abs(ours[at] - theirs[at]) / abs(theirs[at]) for at in theirs)}
     for name, kind in (("weights", "weight"), ("averages", f"ema/{half_life}")):
-        mine, wanted = (
-            checkpoint.read_consolidated(checkpoint.complete_ones(run.checkpoints)[0], kind)[1] for run in (one, other)
-        )
+        mine, wanted = (read_consolidated(complete_ones(run.checkpoints)[0], kind)[1] for run in (one, other))
         apart = sum(float((mine[key].double() - wanted[key].double()).square().sum()) for key in wanted)
         length = sum(float(tensor.double().square().sum()) for tensor in wanted.values())
         found[name] = (apart / length) ** 0.5

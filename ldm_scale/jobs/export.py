@@ -26,8 +26,8 @@ from ldm_scale.interop import bundle as bundles
 from ldm_scale.interop import diffusers
 from ldm_scale.interop.bundle import Bundle
 from ldm_scale.jobs import loading
-from ldm_scale.training import checkpoint
-from ldm_scale.training.checkpoint import CheckpointError
+from ldm_scale.training import checkpoint_files
+from ldm_scale.training.checkpoint_files import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class Exported:
             written.append(out / "diffusers")
         _take_tokenizer(self.bundle.conditioner, out)
         written += bundles.save(self.bundle, out)
-        images_seen = checkpoint.read_state(self.checkpoint)["images_seen"]
+        images_seen = checkpoint_files.read_state(self.checkpoint)["images_seen"]
         said = {"checkpoint": str(self.checkpoint.resolve()), "weights": self.which, "images_seen": images_seen}
         storage.write_json(out / "export.json", said)
         return written

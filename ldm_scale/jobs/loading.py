@@ -18,7 +18,7 @@ from ldm_scale.first_stage.kl import AutoencoderKL, AutoencoderKLConfig, Rescale
 from ldm_scale.interop import bundle
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.model import LatentDiffusion, LatentDiffusionConfig
-from ldm_scale.training import checkpoint
+from ldm_scale.training import checkpoint_files
 from ldm_scale.training.ema import half_life_of
 
 LATENTS = "latents"
@@ -148,7 +148,7 @@ class RunWeights:
         self._which = which
         half_life = half_life_of(which, half_lives)
         self._kind = "weight" if half_life is None else f"ema/{half_life}"
-        self.checkpoint = checkpoint.find(run_dir.checkpoints, name)
+        self.checkpoint = checkpoint_files.find(run_dir.checkpoints, name)
 
     @property
     def trained_first_stage(self) -> bool:
@@ -164,11 +164,11 @@ class RunWeights:
     @property
     def described(self) -> str:
         """Which weights these are, in words."""
-        return f"{self._which} at {checkpoint.images_of(self.checkpoint):,} images"
+        return f"{self._which} at {checkpoint_files.images_of(self.checkpoint):,} images"
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The state of the checkpoint, and whole tensors by name."""
-        return checkpoint.read_consolidated(self.checkpoint, self._kind)
+        return checkpoint_files.read_consolidated(self.checkpoint, self._kind)
 
     def first_stage(self) -> FirstStage:
         """The autoencoder that the run trained, frozen, on the CPU."""

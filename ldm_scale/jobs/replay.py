@@ -28,8 +28,9 @@ from ldm_scale.jobs import repro
 from ldm_scale.jobs.export import locate
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
-from ldm_scale.training import checkpoint
-from ldm_scale.training.checkpoint import CheckpointError, Checkpoints
+from ldm_scale.training import checkpoint_files
+from ldm_scale.training.checkpoint import Checkpoints
+from ldm_scale.training.checkpoint_files import CheckpointError
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 
@@ -67,7 +68,7 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
     returns  every number that was logged of these steps with the one found, and the band that holds for them
     raises   ValueError where nothing was logged of these steps, or the run's parts are not the same
     """
-    begin = int(checkpoint.read_state(where)["images_seen"])
+    begin = int(checkpoint_files.read_state(where)["images_seen"])
     launch = repro.launch_of(run_dir, begin + 1)
     if launch["engine"]["device"].startswith("cpu"):
         torch.set_num_threads(launch["engine"]["threads"])
@@ -129,8 +130,8 @@ def _logged(run_dir: RunDir) -> dict[int, dict[str, Any]]:
 def _newest_followed(run_dir: RunDir) -> str:
     """The newest checkpoint that was trained on from; a run that ended well closes with one that nothing follows."""
     end = max(_logged(run_dir), default=0)
-    complete = checkpoint.complete_ones(run_dir.checkpoints)
-    return next((path.name for path in complete if checkpoint.images_of(path) < end), "latest")
+    complete = checkpoint_files.complete_ones(run_dir.checkpoints)
+    return next((path.name for path in complete if checkpoint_files.images_of(path) < end), "latest")
 
 
 def _require_logged(logged: Sequence[int], begin: int, global_batch: int, steps: int) -> None:
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime.configure_logging()
     try:
         run_dir, name = locate(arguments.run)
-        where = checkpoint.find(run_dir.checkpoints, _newest_followed(run_dir) if name == "latest" else name)
+        where = checkpoint_files.find(run_dir.checkpoints, _newest_followed(run_dir) if name == "latest" else name)
         compared, band = replay(where, run_dir, arguments.steps, arguments.band)
     except (ValueError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

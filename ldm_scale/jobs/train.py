@@ -20,7 +20,7 @@ from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.tracking.goodput import Ledger, idle_before
 from ldm_scale.tracking.report import write_report
 from ldm_scale.tracking.tracker import JsonLines, Silent, Tracker
-from ldm_scale.training import checkpoint
+from ldm_scale.training import checkpoint, checkpoint_files
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
@@ -67,7 +67,7 @@ def _train(
     startup: Startup,
 ) -> Outcome:
     checkpoint.require_grace(run_dir.checkpoints)
-    parent = None if checkpoint.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
+    parent = None if checkpoint_files.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
     if runtime.is_main():
         run_dir.told.unlink(missing_ok=True)  # before any rank can be lost to the watchdog
@@ -159,7 +159,7 @@ def _checkpoints(
     damaged: list[str] = []
 
     def on_failed(path: Path, reason: str) -> None:
-        tracker.event(checkpoint.images_of(path), "save_failed", reason=reason)
+        tracker.event(checkpoint_files.images_of(path), "save_failed", reason=reason)
 
     checkpoints = Checkpoints(
         run_dir.checkpoints,

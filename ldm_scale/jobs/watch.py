@@ -17,7 +17,7 @@ from ldm_scale.jobs.looks import Looks
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.tracking.tracker import Silent, strict_json
-from ldm_scale.training import checkpoint
+from ldm_scale.training import checkpoint_files
 from ldm_scale.training.loop import Evaluation
 
 _BETWEEN_S = 10.0  # between two looks for new checkpoints
@@ -39,7 +39,7 @@ def run(run_dir: RunDir) -> None:
     stage.module.to(runtime.device())
     try:
         for path in _appearing(run_dir, preemption):
-            _write(run_dir, checkpoint.images_of(path), _evaluations(path, job, stage, preemption))
+            _write(run_dir, checkpoint_files.images_of(path), _evaluations(path, job, stage, preemption))
     except runtime.Preempted:
         log.info("stopped; the same command goes on")
         runtime.leave(runtime.PREEMPTED_EXIT_CODE)
@@ -50,8 +50,8 @@ def _appearing(run_dir: RunDir, preemption: runtime.Preemption) -> Iterator[Path
     while True:
         over = storage.read_json(run_dir.status)["state"] != "running"  # asked before looking: none comes after it
         scored = {line["images_seen"] for line in run_dir.read_events() if line["event"] == "evaluation"}
-        complete = checkpoint.complete_ones(run_dir.checkpoints)
-        found = [path for path in reversed(complete) if checkpoint.images_of(path) not in scored]
+        complete = checkpoint_files.complete_ones(run_dir.checkpoints)
+        found = [path for path in reversed(complete) if checkpoint_files.images_of(path) not in scored]
         over, oldest = runtime.gathered((over, found[0] if found else None))[0]
         if oldest is not None:
             yield oldest
@@ -63,12 +63,12 @@ def _appearing(run_dir: RunDir, preemption: runtime.Preemption) -> Iterator[Path
 
 
 def _evaluations(path: Path, job: TrainJob, stage: Stage, preemption: runtime.Preemption) -> list[Evaluation]:
-    stage.require_same_stream(checkpoint.read_state(path))
+    stage.require_same_stream(checkpoint_files.read_state(path))
 
     @contextmanager
     def put(half_life: int | None) -> Iterator[None]:
         kind = "weight" if half_life is None else f"ema/{half_life}"
-        weights.load_exactly(stage.module, checkpoint.read_consolidated(path, kind)[1], str(path))
+        weights.load_exactly(stage.module, checkpoint_files.read_consolidated(path, kind)[1], str(path))
         yield
 
     looks = Looks(

@@ -1,71 +1,50 @@
-"""Checkpoints that any engine on any number of processes can read.
+"""The checkpoints of one training: when they are written, which are kept, what a resume takes.
 
-    checkpoints/images_{n:012d}/
-      rank00000-of-00002.safetensors   flat float32 pieces named `kind:parameter:start`, this rank's share
-      buffers.safetensors              persistent buffers of the module, by name
-      complete.json                    written last: the run's state, shapes, versions, who holds what, sha256s
-
-Kinds: `weight`, `exp_avg`, `exp_avg_sq` and `ema/{half_life}`; `NAME/weight` and so on of what learns beside the module
-(a discriminator), whose parameters are named `NAME.parameter` and which no export reads. Pieces come from
-`training/masters.py`, where engines differ; nothing here knows one. Random streams are functions of the data position
-(core/rng.py), so no generator state is kept.
-
-Training stands still while each rank copies its share to host memory, no longer. A thread of each rank then writes the
-share to a hidden directory, syncs it, and last of all leaves `rank*.json` with its digest beside it. Rank 0's thread
-waits for these files, writes `complete.json` and renames the directory. So threads agree through the file system and
-never by a collective, which would not be safe beside training's own; and a checkpoint is complete as soon as its bytes
-are on disk, however long the main threads are busy. These learn by a collective, at the next `poll`, `save` or `drain`,
-how it ended: a rank whose disk is full need not be able to write anything to be heard.
+Their files: training/checkpoint_files.py; how they are written: training/checkpoint_writer.py. Pieces come from
+`training/masters.py`, where engines differ; nothing here knows one.
 """
 
 import copy
-import hashlib
 import json
 import math
-import os
 import platform
-import re
 import secrets
 import shutil
-import struct
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_scale.core import runtime, storage, weights
+from ldm_scale.training.checkpoint_files import (
+    COMPLETE,
+    FORMAT,
+    WEIGHT,
+    CheckpointError,
+    Reader,
+    complete_ones,
+    damage,
+    images_of,
+)
+from ldm_scale.training.checkpoint_writer import LOOK_S, Save, Snapshot
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.masters import MOMENTS, Masters, Piece
 
 log = runtime.logger(__name__)
 
-FORMAT = 1
-_COMPLETE, _BUFFERS = "complete.json", "buffers.safetensors"
-_NAME = re.compile(r"images_\d{12}")
 _SHOWN = 10
-_WEIGHT = "weight"
-_CHUNK = 1 << 24  # bytes written at once: what a save that is given up still does
-_LOOK_S = 0.05  # between two looks at what other ranks have done
 _TRIES = 10  # within `max_unsaved_minutes`
 _LEAVE_S = 20.0  # that `close` lets a save go on: less than the minute after which a job must have ended
 _PACKAGES = ("ldm_scale", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
 
 Result = TypeVar("Result")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not what was written. Those before it are untouched."""
 
 
 class Checkpoints:
@@ -106,7 +85,7 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every_images
         self._patience_s = 60 * max_unsaved_minutes
         self._on_damaged, self._on_failed = on_damaged, on_failed
-        self._saving: _Save | None = None
+        self._saving: Save | None = None
         self._state: dict[str, Any] = {}
         self._host: Tensor | None = None
         self._failing_since: float | None = None
@@ -162,7 +141,7 @@ class Checkpoints:
         """The newest checkpoint whose every byte is as written; None where there is none. Damaged ones are reported."""
         self._settle(wait=True)
         for path in _agreed(self._recovered, main_only=True)[0] or []:
-            reason = _damage(path)
+            reason = damage(path)
             if reason is None:
                 self._sound.add(path)
                 return path
@@ -181,9 +160,9 @@ class Checkpoints:
         returns  the state that was saved
         raises   CheckpointError where it is damaged, ValueError where it holds another architecture
         """
-        if path not in self._sound and (reason := _damage(path)):
+        if path not in self._sound and (reason := damage(path)):
             raise CheckpointError(f"{path} is damaged: {reason}")
-        reader = _Reader(path)
+        reader = Reader(path)
         wanted = self._masters.shapes | weights.shapes(persistent_buffers(self._module))
         weights.require_same_architecture(reader.shapes, wanted, str(path))
         for kind, tensors in {**_kinds_of(self._masters), **self._averages()}.items():
@@ -191,7 +170,7 @@ class Checkpoints:
                 reader.fill(kind, self._masters, tensors)
             else:
                 log.warning("%s holds no %s: it starts at the weights", path, kind)
-                reader.fill(_WEIGHT, self._masters, tensors)
+                reader.fill(WEIGHT, self._masters, tensors)
         self._masters.step = reader.meta["step"]
         self._masters.push()
         for name, masters in self._companions.items():
@@ -201,7 +180,7 @@ class Checkpoints:
                 buffer.copy_(reader.buffers()[name])
         return dict(reader.meta["state"])
 
-    def _load_companion(self, name: str, masters: Masters, reader: "_Reader") -> None:
+    def _load_companion(self, name: str, masters: Masters, reader: Reader) -> None:
         if name not in reader.companions:
             log.warning("%s holds no %s: it starts anew", reader.path, name)
             return
@@ -248,7 +227,7 @@ class Checkpoints:
         except CheckpointError as error:
             self._failed(final, str(error))
         else:
-            self._saving = _Save(self._snapshot(), temporary, final, self._prune)
+            self._saving = Save(self._snapshot(), temporary, final, self._prune)
 
     def _settle(self, *, wait: bool) -> None:
         """Learn, all ranks alike, how the save under way ended; without `wait` only if it has."""
@@ -265,11 +244,11 @@ class Checkpoints:
                 self._damaged.discard(saving.final)
                 self._sound.add(saving.final)
             elif wait:
-                time.sleep(_LOOK_S)
+                time.sleep(LOOK_S)
             else:
                 return
 
-    def _take_back(self, saving: "_Save") -> None:
+    def _take_back(self, saving: Save) -> None:
         saving.cancel()
         runtime.gathered(None)  # nobody writes any more
         if runtime.is_main():
@@ -298,7 +277,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         return temporary
 
-    def _snapshot(self) -> "_Snapshot":
+    def _snapshot(self) -> Snapshot:
         """What is saved, as it is now, in host memory."""
         began = time.monotonic()
         saved = [(m, kinds, share(m, runtime.rank(), runtime.world())) for m, kinds in self._saved()]
@@ -330,7 +309,7 @@ class Checkpoints:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         held = [[piece.name, piece.start, piece.numel] for *_, pieces in saved for piece in pieces]
-        return _Snapshot(began, {key: piece.numel for key, *_, piece in entries}, floats, held, buffers, meta)
+        return Snapshot(began, {key: piece.numel for key, *_, piece in entries}, floats, held, buffers, meta)
 
     def _host_memory(self, numel: int) -> Tensor:
         """The same floats at every save; page-locked where a GPU copies to them.
@@ -361,123 +340,6 @@ class Checkpoints:
                 shutil.rmtree(hidden, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """What one rank saves, at one moment."""
-
-    began: float
-    """That moment, by the monotonic clock."""
-    sizes: dict[str, int]
-    """Elements of each entry of the file, in its order."""
-    floats: Tensor
-    """All entries end to end."""
-    pieces: list[list[Any]]
-    """`[name, start, numel]` of what this rank holds."""
-    buffers: dict[str, Tensor]
-    meta: dict[str, Any]
-    """`complete.json`, but for what is known only when files are written."""
-
-
-class _Save(threading.Thread):
-    """One save under way: a rank's share, and on rank 0 what makes a checkpoint of all shares."""
-
-    def __init__(self, snapshot: _Snapshot, temporary: Path, final: Path, prune: Callable[[], None]) -> None:
-        super().__init__(name="save", daemon=True)  # a rank that is lost must not keep rank 0 alive
-        self.temporary, self.final = temporary, final
-        self.outcome: str | None = None
-        """None while under way, empty when this rank is done, else what failed."""
-        self.seconds = 0.0
-        """How long it took, on rank 0 and in the end."""
-        self._snapshot, self._prune = snapshot, prune
-        self._rank, self._world = runtime.rank(), runtime.world()
-        self._cancelled = threading.Event()
-        self.start()
-
-    def cancel(self) -> None:
-        """Stop writing; what was written stays."""
-        self._cancelled.set()
-        self.join()
-
-    def run(self) -> None:
-        try:
-            self._write_share()
-            if self._rank == 0:
-                self._complete(self._shares())
-            self.outcome = ""
-        except Exception as error:  # told to the main thread, whatever it is
-            self.outcome = f"rank {self._rank}: {error}"
-
-    def _write_share(self) -> None:
-        file = self.temporary / f"rank{self._rank:05d}-of-{self._world:05d}.safetensors"
-        try:
-            written = _write_floats(file, self._snapshot.sizes, self._snapshot.floats, self._cancelled)
-        except OSError:
-            with suppress(OSError):
-                file.unlink()  # a full disk ends more than a save: metrics are written too
-            raise
-        said = {"file": file.name, **written, "pieces": self._snapshot.pieces}
-        storage.write_json(_beside(self.temporary, self._rank), said)
-
-    def _shares(self) -> list[Any]:
-        """Rank 0: what each rank says of its share, as soon as all have."""
-        said = [_beside(self.temporary, rank) for rank in range(self._world)]
-        while {path.name for path in said} - {path.name for path in self.temporary.iterdir()}:
-            if self._cancelled.wait(_LOOK_S):
-                raise InterruptedError("given up before all ranks had written")
-        files = [storage.read_json(path) for path in said]
-        for path in said:
-            path.unlink()
-        return files
-
-    def _complete(self, files: list[Any]) -> None:
-        """Rank 0: buffers, `complete.json`, and the rename that makes it a checkpoint."""
-        with storage.atomic_write(self.temporary / _BUFFERS) as file:
-            file.write(safetensors.torch.save(self._snapshot.buffers))
-        buffers = {
-            "file": _BUFFERS,
-            "bytes": (self.temporary / _BUFFERS).stat().st_size,
-            "sha256": storage.sha256_file(self.temporary / _BUFFERS),
-        }
-        self.seconds = time.monotonic() - self._snapshot.began
-        meta = {**self._snapshot.meta, "files": files, "buffers": buffers, "save_s": self.seconds}
-        storage.write_json(self.temporary / _COMPLETE, {**meta, "digest": storage.digest(meta)})
-        _sync_directory(self.temporary)
-        aside = self.final.with_name(f".{self.final.name}.replaced")
-        if self.final.exists():  # the same images again, or a damaged one: moved only now that its successor is whole
-            self.final.rename(aside)
-        self.temporary.rename(self.final)
-        _sync_directory(self.final.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-        with suppress(OSError):  # a checkpoint too many is no failed save
-            self._prune()
-
-
-def _beside(directory: Path, rank: int) -> Path:
-    """What a rank says of its share, when that is on disk."""
-    return directory / f"rank{rank:05d}.json"
-
-
-def find(directory: Path, name: str = "latest") -> Path:
-    """One checkpoint of a run, verified: the newest sound one for `latest`, else the one of that directory name.
-
-    raises  FileNotFoundError where there is none, CheckpointError where the named one is damaged
-    """
-    complete = complete_ones(directory)
-    if name == "latest":
-        for path in complete:
-            if (reason := _damage(path)) is None:
-                return path
-            log.error("%s is damaged and passed over: %s", path, reason)
-        raise FileNotFoundError(f"{directory} holds no complete checkpoint")
-    path = directory / name
-    if path not in complete:
-        there = ", ".join(found.name for found in complete[:_SHOWN]) or "none"
-        raise FileNotFoundError(f"{path} is not a complete checkpoint; complete ones, newest first: {there}")
-    if reason := _damage(path):
-        raise CheckpointError(f"{path} is damaged: {reason}")
-    return path
-
-
 def require_grace(directory: Path) -> None:
     """Refuse a launcher that would kill a stopped training in its last save, judging by the newest checkpoint.
 
@@ -485,7 +347,7 @@ def require_grace(directory: Path) -> None:
     """
     for path in complete_ones(directory)[:1]:
         with suppress(OSError, json.JSONDecodeError):  # damaged: `latest` passes over it, and says so
-            if shortage := _grace_lacking(storage.read_json(path / _COMPLETE).get("save_s", 0.0)):
+            if shortage := _grace_lacking(storage.read_json(path / COMPLETE).get("save_s", 0.0)):
                 raise ValueError(shortage)
 
 
@@ -498,22 +360,6 @@ def _grace_lacking(save_s: float) -> str:
         f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace:g}: the last save took {save_s:.0f} s, and a training that is told to "
         f"stop may have two to finish: launch with {wanted} seconds or more, or by launchers/*.sh, which give 120"
     )
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The saved state of a checkpoint, without its tensors."""
-    return dict(storage.read_json(path / _COMPLETE)["state"])
-
-
-def read_consolidated(path: Path, kind: str = _WEIGHT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The saved state, and whole tensors by name: every parameter as `kind` has it, and every persistent buffer.
-
-    raises  ValueError where the checkpoint does not hold that kind
-    """
-    reader = _Reader(path)
-    if kind not in reader.kinds:
-        raise ValueError(f"{path} holds no {kind!r}; it holds {', '.join(reader.kinds)}")
-    return dict(reader.meta["state"]), {**reader.whole(kind), **reader.buffers()}
 
 
 def share(masters: Masters, rank: int, world: int) -> list[Piece]:
@@ -533,146 +379,13 @@ def share(masters: Masters, rank: int, world: int) -> list[Piece]:
 
 def _kinds_of(masters: Masters, prefix: str = "") -> dict[str, list[Tensor]]:
     """What every learner has of each piece: weights and moments, aligned with its masters."""
-    return {f"{prefix}{_WEIGHT}": masters.tensors, **{f"{prefix}{key}": masters.moments(key) for key in MOMENTS}}
+    return {f"{prefix}{WEIGHT}": masters.tensors, **{f"{prefix}{key}": masters.moments(key) for key in MOMENTS}}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to a module's state, by name."""
     saved = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}
-
-
-class _Reader:
-    """One complete checkpoint, read piece by piece."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.meta: dict[str, Any] = storage.read_json(path / _COMPLETE)
-        if self.meta["format"] != FORMAT:
-            raise ValueError(f"{path} has checkpoint format {self.meta['format']}; this version reads {FORMAT}")
-        self.kinds: list[str] = self.meta["kinds"]
-        self._open: dict[str, Any] = {}
-        self._where: dict[str, list[tuple[int, int, str]]] = {}
-        for entry in self.meta["files"]:
-            for name, start, numel in entry["pieces"]:
-                self._where.setdefault(name, []).append((start, numel, entry["file"]))
-
-    def fill(self, kind: str, masters: Masters, tensors: Sequence[Tensor]) -> None:
-        for piece in masters.pieces:
-            masters.write(tensors, piece, self._range(kind, piece.name, piece.start, piece.numel))
-
-    @property
-    def companions(self) -> dict[str, Any]:
-        """Step and shapes of what learned beside the module, by name; checkpoints once said nothing of it."""
-        return dict(self.meta["companions"]) if "companions" in self.meta else {}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter and buffer of the module."""
-        parameters = {name: tuple(shape) for name, shape in self.meta["parameters"].items()}
-        return parameters | weights.shapes(self.buffers())
-
-    def whole(self, kind: str) -> dict[str, Tensor]:
-        shapes: dict[str, list[int]] = self.meta["parameters"]
-        return {
-            name: self._range(kind, name, 0, torch.Size(shape).numel()).view(shape) for name, shape in shapes.items()
-        }
-
-    def buffers(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.path / _BUFFERS)
-
-    def _range(self, kind: str, name: str, begin: int, numel: int) -> Tensor:
-        """Elements [begin, begin + numel) of one parameter, from whichever files hold them."""
-        values, filled = torch.empty(numel), 0
-        for start, length, file in self._where[name]:
-            low, high = max(start, begin), min(start + length, begin + numel)
-            if low < high:
-                part = self._file(file).get_slice(f"{kind}:{name}:{start}")[low - start : high - start]
-                values[low - begin : high - begin] = part
-                filled += high - low
-        assert filled == numel, f"{self.path}: {kind} {name} has {filled} of {numel} elements at {begin}"
-        return values
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.path / name, "pt")
-        return self._open[name]
-
-
-def images_of(path: Path) -> int:
-    """Images seen by the training at a checkpoint, by the name of its directory."""
-    return int(path.name.removeprefix("images_"))
-
-
-def complete_ones(directory: Path) -> list[Path]:
-    """Directories with a `complete.json`, newest first."""
-    if not directory.is_dir():
-        return []
-    names = sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
-    return [path for path in names if (path / _COMPLETE).is_file()]
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing. Ranks of a process group share the files out and agree."""
-    try:
-        meta = storage.read_json(path / _COMPLETE)
-        files = [*meta["files"], meta["buffers"]] if meta.pop("digest") == storage.digest(meta) else None
-    except (OSError, ValueError, KeyError) as error:
-        files, reason = None, f"{_COMPLETE}: {error}"
-    else:
-        reason = f"{_COMPLETE} is not as written"
-    if files is not None:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = (_file_damage(path, entry) for entry in files[rank::world])
-        reason = next((found for found in mine if found), "")
-    return next((found for found in runtime.gathered(reason) if found), None)
-
-
-def _file_damage(path: Path, entry: dict[str, Any]) -> str:
-    file = path / entry["file"]
-    try:
-        if file.stat().st_size != entry["bytes"]:
-            return f"{file.name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-        if storage.sha256_file(file) != entry["sha256"]:
-            return f"{file.name} is not as written"
-    except OSError as error:
-        return f"{file.name}: {error.strerror}"
-    return ""
-
-
-def _write_floats(path: Path, sizes: dict[str, int], floats: Tensor, cancelled: threading.Event) -> dict[str, Any]:
-    """Write float32 vectors that lie end to end as a safetensors file; synced. Returns its size and sha256.
-
-    Other threads may run: Python's lock is free while a chunk is written or hashed.
-    """
-    header, begin = {}, 0
-    for key, numel in sizes.items():
-        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, begin + 4 * numel]}
-        begin += 4 * numel
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    prefix = struct.pack("<Q", len(text)) + text
-    total, content = hashlib.sha256(prefix), floats.numpy().data.cast("B")
-    with open(path, "wb") as file:
-        file.write(prefix)
-        for start in range(0, len(content), _CHUNK):
-            if cancelled.is_set():
-                raise InterruptedError("given up, since another rank could not write")
-            chunk = content[start : start + _CHUNK]
-            file.write(chunk)
-            total.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return {"bytes": size, "sha256": total.hexdigest()}
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _agreed(work: Callable[[], Result], *, main_only: bool = False) -> list[Any]:

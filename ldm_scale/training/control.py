@@ -14,7 +14,7 @@ from enum import IntFlag
 
 from ldm_scale.core import runtime
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import complete_ones, images_of
+from ldm_scale.training.checkpoint_files import complete_ones, images_of
 
 log = runtime.logger(__name__)
 

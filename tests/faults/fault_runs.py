@@ -19,7 +19,7 @@ from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, precompute, train
-from ldm_scale.training.checkpoint import find, read_consolidated
+from ldm_scale.training.checkpoint_files import find, read_consolidated
 from ldm_scale.training.guards import Guard
 
 _WAIT_S = 240.0

@@ -10,7 +10,7 @@ from fault_runs import Toy, curve, events, everything
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import find
+from ldm_scale.training.checkpoint_files import find
 
 SHORT = [("ddp", 2), ("zero1", 1), ("zero2", 2), ("ddp", 1)]
 # From every world of 1, 2 and 4 to every one, once, by all three engines in turn.

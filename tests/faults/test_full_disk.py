@@ -9,7 +9,7 @@ import pytest
 from fault_runs import Launch, Toy, curve, differing, events
 
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import complete_ones
+from ldm_scale.training.checkpoint_files import complete_ones
 
 LENGTH = ("total_images=320", "every.save=16", "keep_last=2", "max_unsaved_minutes=2")
 SIZE = 26_000_000  # three checkpoints of 7 MB and little else

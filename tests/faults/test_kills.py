@@ -9,7 +9,7 @@ import pytest
 from fault_runs import Launch, Toy, curve, differing, events, saving
 
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import complete_ones, images_of
+from ldm_scale.training.checkpoint_files import complete_ones, images_of
 
 LENGTH = ("total_images=480", "every.save=16")
 

@@ -8,7 +8,7 @@ from fault_runs import Launch, Toy, curve, differing, events, saving
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import complete_ones, images_of, read_state
+from ldm_scale.training.checkpoint_files import complete_ones, images_of, read_state
 
 # Twenty batches to draw for a score.
 HOW = ("every.evaluate=48", "every.sample=48", "every.save=8", "evaluation.images=40", "evaluation.batch=2")

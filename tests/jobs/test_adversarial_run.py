@@ -12,7 +12,7 @@ import safetensors.torch
 from ldm_scale.core import weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs.replay import replay
-from ldm_scale.training.checkpoint import find
+from ldm_scale.training.checkpoint_files import find
 
 START = 48  # images, when the discriminator has its turn: between the checkpoints of 32 and 64
 

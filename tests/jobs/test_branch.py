@@ -10,7 +10,7 @@ import torch
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.interop import bundle
-from ldm_scale.training.checkpoint import find, read_consolidated, read_state
+from ldm_scale.training.checkpoint_files import find, read_consolidated, read_state
 
 pytestmark = pytest.mark.slow
 

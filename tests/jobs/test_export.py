@@ -12,7 +12,7 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.interop import bundle
 from ldm_scale.jobs import export
-from ldm_scale.training.checkpoint import find, read_consolidated
+from ldm_scale.training.checkpoint_files import find, read_consolidated
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import dashboard
 from ldm_scale.jobs.summary import closing
 from ldm_scale.tracking.panels import NO_DATA, OTHERS, PANELS, layout, section
-from ldm_scale.training.checkpoint import find, read_consolidated, read_state
+from ldm_scale.training.checkpoint_files import find, read_consolidated, read_state
 
 NAMES = (  # design.md section 7
     {"train/loss", "train/lr", "train/grad_norm", "train/images_seen"}

@@ -12,7 +12,7 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import repro
 from ldm_scale.jobs.replay import Compared
-from ldm_scale.training.checkpoint import find, read_state
+from ldm_scale.training.checkpoint_files import find, read_state
 
 REPLAY = ["-m", "ldm_scale.jobs.replay"]
 

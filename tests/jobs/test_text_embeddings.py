@@ -25,7 +25,7 @@ from ldm_scale.jobs import config, export, loading, precompute
 from ldm_scale.jobs.image_tars import ImageTars
 from ldm_scale.jobs.stages import DiffusionStage
 from ldm_scale.latent_diffusion.model import LatentDiffusion
-from ldm_scale.training.checkpoint import read_consolidated
+from ldm_scale.training.checkpoint_files import read_consolidated
 
 CAPTIONS = [f"caption {i}" for i in range(12)]
 Encode = Callable[..., LatentCache]

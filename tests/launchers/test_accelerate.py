@@ -15,7 +15,7 @@ from host_pair import ROOT, wait_for
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import find, images_of
+from ldm_scale.training.checkpoint_files import find, images_of
 
 # A disk that is slow to sync: the files of a checkpoint's ranks, and no others.
 SLOW_DISK = r"""

@@ -26,7 +26,7 @@ from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config
-from ldm_scale.training.checkpoint import complete_ones
+from ldm_scale.training.checkpoint_files import complete_ones
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "launchers" / "k8s"

@@ -13,7 +13,7 @@ from slurm_cluster import Cluster, missing
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import repro
-from ldm_scale.training.checkpoint import complete_ones
+from ldm_scale.training.checkpoint_files import complete_ones
 
 ROOT = Path(__file__).parents[2]
 WHERE = ("NODES=2", "GPUS_PER_NODE=0", "TIME=30")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm_scale.first_stage.adversarial import AdversarialConfig, AdversarialKind, DiscriminatorNorm, generator_loss
 from ldm_scale.training.adversary import DISCRIMINATOR
-from ldm_scale.training.checkpoint import read_consolidated
+from ldm_scale.training.checkpoint_files import read_consolidated
 
 TOLERANCE = 1e-4  # relative, of every number of the curve in float32
 NUMBERS = {

@@ -13,8 +13,9 @@ import tiny
 import torch
 
 from ldm_scale.core import storage
-from ldm_scale.training import checkpoint as checkpoint_module
-from ldm_scale.training.checkpoint import CheckpointError, Checkpoints, find, read_consolidated
+from ldm_scale.training import checkpoint_writer
+from ldm_scale.training.checkpoint import Checkpoints, require_grace
+from ldm_scale.training.checkpoint_files import CheckpointError, find, read_consolidated
 
 
 @pytest.fixture
@@ -59,16 +60,16 @@ def test_state_comes_back_and_buffers_too(training):
 
 def test_a_launcher_that_would_kill_a_save_is_refused(training, monkeypatch, caplog):
     path = training.save()
-    checkpoint_module.require_grace(path.parent)  # started by hand: nobody kills it
+    require_grace(path.parent)  # started by hand: nobody kills it
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    checkpoint_module.require_grace(path.parent)
+    require_grace(path.parent)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0.5")
     with pytest.raises(ValueError, match=r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=0\.5: .*launch with 1 seconds or more"):
-        checkpoint_module.require_grace(path.parent)
+        require_grace(path.parent)
     training.save()
     assert "The next launch is refused" in caplog.text
     (path / "complete.json").write_text("{")
-    checkpoint_module.require_grace(path.parent)
+    require_grace(path.parent)
 
 
 def test_the_file_is_plain_safetensors(training):
@@ -285,13 +286,13 @@ def test_saves_that_fail_for_too_long_are_an_error(training):
 def test_training_goes_on_beside_a_save(training, monkeypatch):
     """What is saved is the moment of `save`, however long the writing takes."""
     writes = threading.Event()
-    write = checkpoint_module._write_floats
+    write = checkpoint_writer._write_floats
 
     def slowly(*arguments):
         writes.wait(60)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "_write_floats", slowly)
+    monkeypatch.setattr(checkpoint_writer, "_write_floats", slowly)
     expected = training.everything()
     state = {"images_seen": 8, "of": {"the": ["moment"]}}
     path = training.checkpoints.save(state)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.checkpoint import complete_ones, images_of
+from ldm_scale.training.checkpoint_files import complete_ones, images_of
 from ldm_scale.training.control import NOTHING, Control, Wish
 from ldm_scale.training.guards import GuardConfig
 
