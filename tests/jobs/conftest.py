@@ -44,11 +44,20 @@ class World:
     def job(self, script: str, *overrides: str) -> list[str]:
         return [sys.executable, str(ROOT / script), *overrides]
 
-    def autoencoder(self, *overrides: str) -> list[str]:
+    def autoencoder(self, *overrides: str, kind: str = "kl") -> list[str]:
         return self.job(
-            "train.py", "+experiment=autoencoder_kl_f4", "scale=toy", f"data.images={self.path}/toy/train",
+            "train.py", f"+experiment=autoencoder_{kind}_f4", "scale=toy", f"data.images={self.path}/toy/train",
             f"data.validation={self.path}/toy/val", "first_stage.channels=8", "total_images=64",
             "optimizer.warmup_images=0", *QUICK[:3], *overrides,
+        )  # fmt: skip
+
+    def unconditional(self, *overrides: str, script: str = "train.py") -> list[str]:
+        """A second stage on the latents of `autoencoder(kind="vq")`."""
+        return self.job(
+            script, "+experiment=uncond_celebahq", "scale=toy", f"data.images={self.path}/toy/train",
+            f"data.validation={self.path}/toy/val", f"data.latents={self.path}/latents_vq",
+            "first_stage.channels=8", f"first_stage.checkpoint={self.path}/runs/autoencoder_vq_f4/toy",
+            *TINY_UNET[:3], *QUICK, *overrides,
         )  # fmt: skip
 
     def text_to_image(self, *overrides: str, script: str = "train.py") -> list[str]:

@@ -221,6 +221,19 @@ def test_the_latent_scale_is_what_the_first_stage_left_beside_its_weights(world:
 
 
 @pytest.mark.slow
+def test_a_vq_first_stage_goes_from_its_training_to_samples_with_no_number_carried_over(world: Any) -> None:
+    world.run(world.autoencoder(kind="vq"))
+    world.run(world.unconditional("precompute.min_psnr=0", script="precompute_latents.py"))
+    brief = ["total_images=16", "global_batch=8", "micro_batch=8", "ema_half_lives=[32]", "optimizer.warmup_images=0"]
+    world.run(world.unconditional(*brief))
+    run_dir = RunDir(world.path / "runs/uncond_celebahq/toy")
+    latents = storage.read_json(world.path / "runs/autoencoder_vq_f4/toy/weights/config.json")["latents"]
+    assert read_state(find(run_dir.checkpoints))["latent_scale"] == 1 / latents["std"] != 1
+    world.run(world.job("sample.py", f"run_dir={run_dir.path}", "count=2", "sampler.steps=2", "out=drawn_vq"))
+    assert len(list((world.path / "drawn_vq").glob("0*.png"))) == 2
+
+
+@pytest.mark.slow
 def test_evaluate_repeats_the_score_of_training(world: Any, undisturbed: RunDir) -> None:
     world.run(world.job("evaluate.py", f"run_dir={undisturbed.path}"))
     (written,) = (undisturbed.path / "evaluation").glob("*.json")
