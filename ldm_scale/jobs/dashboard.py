@@ -52,7 +52,7 @@ def workspace(names: Collection[str], *, entity: str, project: str) -> "workspac
     filled = layout(set(names) - {_AXIS})
     sections = []
     for title, panels in itertools.groupby(filled, key=lambda pair: section(pair[0])):
-        shown = [(f"{panel.code} {panel.title}".strip(), own) for panel, own in panels]
+        shown = [(panel.heading, own) for panel, own in panels]
         for name, x in [(title, _AXIS), *([(f"{title}, over hours", _HOURS)] if title == _SPEED else [])]:
             sections.append(
                 workspaces.Section(name=name, panels=[drawn(*pair, x) for pair in shown], is_open=x == _AXIS)
@@ -96,7 +96,7 @@ def table() -> str:
     rows = []
     for panel in PANELS:
         names = ", ".join(f"`{name}`" for name in panel.names) or "-"
-        rows.append(f"| {panel.code} {panel.title} | {names} | {panel.act_when} | {panel.note} |")
+        rows.append(f"| {panel.heading} | {names} | {panel.act_when} | {panel.note} |")
     return "\n".join(["| panel | names | act when | logged by, or shown in |", "|---|---|---|---|", *rows, ""])
 
 

@@ -31,7 +31,7 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.tracking.alerts import Alert
 from ldm_scale.tracking.tracker import CAPTION_KEY
-from ldm_scale.tracking.weights_and_biases import EXIT_CODES, Place, may_go_online, send_alert, shown_picture
+from ldm_scale.tracking.weights_and_biases import EXIT_CODES, Place, Rows, may_go_online, send_alert, shown_picture
 
 EVERY_S = 15.0
 """Seconds between two looks at the run directory."""
@@ -94,6 +94,10 @@ class Relay:
         self._run = place.open(run_dir, "offline" if offline else "online", config, folder=self._folder)
         self.last = max(before, self._run.starting_step - 1)
         """Images seen in the last row that W&B has."""
+        self._rows = Rows()
+        for line in run_dir.read_metrics():
+            if line["images_seen"] <= self.last:
+                self._rows.note({name: value for name, value in line.items() if value is not None})
 
     def forward(self, *, whole: bool) -> int:
         """Send what is there (see `rows_behind`); returns how many rows."""
@@ -105,8 +109,8 @@ class Relay:
             for name, path in row.pictures.items():
                 with suppress(FileNotFoundError), Image.open(path) as picture:  # training has just gone back
                     shown[name] = wandb.Image(picture, caption=str(picture.info.get(CAPTION_KEY, "")), file_type="png")
-            everything = {**row.values, **shown, "train/images_seen": row.images_seen}
-            self._run.log(everything, step=row.images_seen, commit=True)
+            self._rows.note(row.values)
+            self._rows.send(self._run, row.images_seen, {**row.values, **shown}, number=row.images_seen)
             self.last, sent = row.images_seen, sent + 1
         self._forward_alerts()
         return sent

@@ -1,11 +1,14 @@
 """The dashboard's panels, in the order in which they are read: for report.html and for the W&B workspace alike.
 
-docs/dashboard.md is the same list as a table. A name is shown in the first panel one of whose patterns it fits.
+docs/dashboard.md is the same list as a table. A name is shown in the first panel one of whose patterns it fits, and is
+of that panel's unit: one chart, one unit.
 """
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 SECTIONS = {
     "A": "State, goodput, money",
@@ -33,13 +36,22 @@ class Panel:
     act_when: str
     note: str = ""
     """Which trainings log these names, where not all do; without names, where it is shown instead."""
+    unit: str = ""
+    """Of its numbers; empty where they are plain."""
+    best: Literal["min", "max"] | None = None
+    """Whether lower or higher is better, where one value of a run is its best."""
+
+    @property
+    def heading(self) -> str:
+        """Code, title and unit, for the top of a chart."""
+        return f"{self.code} {self.title}".strip() + (f" ({self.unit})" if self.unit else "")
 
 
 PANELS = (
     Panel("A1", "State", (), "not running, or an alert", "report header, `make status`"),
-    Panel("A2", "Goodput", ("perf/goodput",), "below 0.95"),
-    Panel("A2", "Time lost, by reason", ("perf/lost_*",), "one share grows"),
-    Panel("A3", "Hours since the first launch", ("perf/hours",), "over 10% more than planned"),
+    Panel("A2", "Goodput", ("perf/goodput",), "below 0.95", unit="share of time"),
+    Panel("A2", "Time lost, by reason", ("perf/lost_*",), "one share grows", unit="share of time"),
+    Panel("A3", "Since the first launch", ("perf/hours",), "over 10% more than planned", unit="hours"),
     Panel("A3", "GPU hours, now and at completion", (), "over 10% more than planned", "report header, `make status`"),
     Panel("A4", "Age of the newest checkpoint", (), "older than 2 intervals", "report header, `make status`"),
     Panel("B5", "Loss", ("train/loss",), "off the band of a reference run"),
@@ -51,44 +63,63 @@ PANELS = (
         "B5", "Discriminator", ("train/discriminator", "train/adversarial*", "train/logits_*"),
         "it always wins, or always loses", "first stages with a discriminator",
     ),
-    Panel("B5", "Use of the codebook", ("train/codebook_*",), "usage falls", "VQ first stages"),
+    Panel(
+        "B5", "Use of the codebook, training and held out", ("train/codebook_usage", "eval/codebook_usage*"), "falls",
+        "VQ first stages", "share of codes",
+    ),
+    Panel(
+        "B5", "Perplexity of the codebook, training and held out",
+        ("train/codebook_perplexity", "eval/codebook_perplexity*"), "falls", "VQ first stages", "codes",
+    ),
     Panel("B6", "Training loss by timestep", ("train/loss_t???",), "one bucket moves alone", NO_DATA),
     Panel("B7", "Gradient norm", ("train/grad_norm", "train/*_grad_norm"), "spikes, or creeps up"),
     Panel("B7", "Updates against weights, by part", ("train/update_*",), "text near 0: it is not training", NO_DATA),
     Panel("B8", "Learning rate", ("train/lr",), "differs from the configuration"),
     Panel(
         "B8", "Realised caption dropout", ("train/caption_dropout",), "differs from the configuration",
-        "models told something",
+        "models told something", "share of samples",
     ),
     Panel("B9", "Distance of the averages", ("train/ema_distance*",), "flat zero: the average is dead", NO_DATA),
     Panel("B10", "Skipped, non-finite, spikes", (), "any", "events `trouble` and `rollback`, with keys"),
     Panel(
         "C11", "Validation loss, averaged and raw weights",
         ("val/loss", "val/loss_raw", "val/loss_ema", "val/loss_ema*[!t]???"), "the gap to training grows",
-        "diffusion models",
+        "diffusion models", best="min",
     ),
-    Panel("C12", "Validation loss by timestep", ("val/loss_t???",), "one bucket moves alone", "diffusion models"),
+    Panel(
+        "C12", "Validation loss by timestep", ("val/loss_t???",), "one bucket moves alone", "diffusion models",
+        best="min",
+    ),
     Panel(
         "C12", "Validation loss by timestep, other weights", ("val/loss_*_t???",), "one bucket moves alone",
-        "diffusion models",
+        "diffusion models", best="min",
     ),
     Panel(
         "C13", "Caption gap", ("val/caption_gap",), "0 or less after 5M images: the text path is broken",
         "models told something",
     ),
-    Panel("D14", "Distance to real images", ("eval/fid*", "eval/fd_*", "eval/kid*", "eval/kd*"), "not falling"),
+    Panel(
+        "D14", "Distance to real images", ("eval/fid*", "eval/fd_*", "eval/kid*", "eval/kd*"), "not falling",
+        best="min",
+    ),
     Panel(
         "D15", "Guidance: distance against CLIP score", (), "no guidance is good at both",
         "`evaluate.py guidances=[...]`: docs/evaluation.md",
     ),
-    Panel("D16", "Told and seen", ("eval/*accuracy*", "eval/clip*"), "not rising", "models told something"),
     Panel(
-        "D16", "Quality and variety", ("eval/precision*", "eval/recall*", "eval/inception*"),
-        "one rises, the other falls", "with Inception's weights",
+        "D16", "Caption accuracy", ("eval/*accuracy*",), "not rising", "the toy world", "share of images", best="max"
     ),
+    Panel("D16", "CLIP score", ("eval/clip*",), "not rising", "with CLIP's weights", "100 x cosine", best="max"),
     Panel(
-        "D16", "Reconstruction", ("eval/psnr*", "eval/ssim*", "eval/lpips*", "eval/detail*", "eval/*code*"),
-        "not improving", "first stages",
+        "D16", "Quality and variety", ("eval/precision*", "eval/recall*"), "one rises, the other falls",
+        "with Inception's weights", "share of images", best="max",
+    ),
+    Panel("D16", "Inception score", ("eval/inception*",), "not rising", "with Inception's weights", best="max"),
+    Panel("D16", "Reconstruction, PSNR", ("eval/psnr*",), "not rising", "first stages", "dB", best="max"),
+    Panel("D16", "Reconstruction, SSIM", ("eval/ssim*",), "not rising", "first stages", best="max"),
+    Panel("D16", "Reconstruction, LPIPS", ("eval/lpips*",), "not falling", "with LPIPS's weights", best="min"),
+    Panel(
+        "D16", "Fine detail against the originals'", ("eval/detail*",), "far from 1", "first stages", "share"
     ),
     Panel("D17", "Samples, fixed captions and noise", ("samples/grid*",), "grey, or all alike", "diffusion models"),
     Panel("D17", "How samples come about", ("samples/progressive*",), "no step adds anything", "diffusion models"),
@@ -96,24 +127,34 @@ PANELS = (
     Panel(
         "D18", "What the U-Net ate", ("samples/eaten*",), "captions misaligned, borders, wrong range", NO_DATA
     ),
-    Panel("E19", "Images per second", ("perf/images_per_s*",), "below 90% of `make plan`"),
-    Panel("E19", "Share of the arithmetic peak (MFU)", ("perf/mfu",), "below 90% of `make plan`"),
-    Panel("E20", "Where a step's time goes", ("perf/split_*",), "data, communication or other grow"),
-    Panel("E21", "Milliseconds of a step", ("perf/step_ms", "perf/own_ms*"), "max over median above 1.2"),
-    Panel("E21", "Slowest rank", ("perf/slowest_rank",), "always the same", "several processes"),
-    Panel("E22", "Waiting for data, worst rank", ("perf/data_wait*",), "above 0.02"),
-    Panel("E23", "Memory, worst rank, GB", ("perf/memory_gb*", "perf/host_gb*"), "creeping"),
+    Panel("E19", "Throughput", ("perf/images_per_s*",), "below 90% of `make plan`", unit="images/s"),
+    Panel("E19", "MFU", ("perf/mfu",), "below 90% of `make plan`", unit="share of the arithmetic peak"),
+    Panel(
+        "E20", "Where a step's time goes", ("perf/split_*",), "data, communication or other grow", unit="share of time"
+    ),
+    Panel("E21", "Time of a step", ("perf/step_ms", "perf/own_ms*"), "max over median above 1.2", unit="ms"),
+    Panel("E21", "Slowest rank", ("perf/slowest_rank",), "always the same", "several processes", "rank"),
+    Panel("E22", "Waiting for data, worst rank", ("perf/data_wait*",), "above 0.02", unit="share of time"),
+    Panel("E23", "Memory, worst rank", ("perf/memory_gb*", "perf/host_gb*"), "creeping", unit="GB"),
     Panel("E24", "Power, clocks, temperature", ("perf/gpu_*",), "throttled", NO_DATA),
-    Panel("F25", "Epoch", ("data/epoch", "data/*/epoch"), "more of them than intended"),
-    Panel("F26", "Sources, asked and read", ("data/*/asked", "data/*/read"), "they part", "several sources"),
+    Panel("F25", "Progress in the data", ("data/epoch", "data/*/epoch"), "more than intended", unit="epochs"),
+    Panel(
+        "F26", "Sources, asked and read", ("data/*/asked", "data/*/read"), "they part", "several sources", "samples"
+    ),
     Panel(
         "F27", "Bad and removed samples", ("data/bad", "data/*/bad", "data/removed", "data/*/removed"),
-        "above 0.1% of images",
+        "above 0.1% of images", unit="share of samples",
     ),
-    Panel("F27", "Own captions", ("data/own_caption", "data/*/own_caption"), "unexpected share", "caption files"),
+    Panel(
+        "F27", "Own captions", ("data/own_caption", "data/*/own_caption"), "unexpected", "caption files",
+        "share of samples",
+    ),
     Panel("F28", "Latents against the manifest", ("data/latent_*",), "3 sigma off", NO_DATA),
     Panel("F28", "Length of captions", ("data/caption_*",), "many cut or empty", NO_DATA),
-    Panel("G29", "Events", ("events/*",), "a failure, a rollback", "report: markers on charts, and a table"),
+    Panel(
+        "G29", "Events", ("events/*",), "a failure, a rollback", "report: markers on charts, and a table",
+        "1, or how many so far",
+    ),
     Panel("G30", "Provenance", (), "not what was meant", "report: launches and configuration; repro.json"),
 )  # fmt: skip
 
@@ -127,6 +168,12 @@ def layout(names: Collection[str]) -> list[tuple[Panel, list[str]]]:
         if own:
             filled.append((panel, own))
     return filled + [(Panel("", name, (name,), ""), [name]) for name in left]
+
+
+@functools.cache
+def panel_of(name: str) -> Panel:
+    """The panel that shows a name."""
+    return layout([name])[0][0]
 
 
 def section(panel: Panel) -> str:

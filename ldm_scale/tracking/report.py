@@ -63,7 +63,7 @@ def _write(run_dirs: Sequence[RunDir], file: Path) -> Path:
     runs = [_gather(run_dir, file.parent, _PICTURE_BYTES // len(run_dirs)) for run_dir in run_dirs]
     names = {name for run in runs for name in (*run["curves"], *(item["name"] for item in run["media"]))}
     panels = [
-        {"section": section(panel), "title": f"{panel.code} {panel.title}", "act": panel.act_when, "names": own}
+        {"section": section(panel), "title": panel.heading, "act": panel.act_when, "names": own}
         for panel, own in layout(names)
     ]
     whole = {"runs": runs, "panels": panels, "differences": _differences(runs), "written": time.time()}

@@ -4,6 +4,7 @@ One W&B run per training, under an id made once and kept in the run directory. F
 
 - Resumed offline, wandb begins a second folder at step 0 and knows nothing of the first. So rows are numbered here, on
   through every process of the training, and `wandb sync` joins the folders without a collision.
+- Its best value of a name (`summary="min"`) is that of one process. So the summary's is kept here, over all of them.
 - wandb cannot take a row back. So what was sent is remembered by name, in a file that is written before sending; a
   process that repeats work after its checkpoint sends nothing twice.
 - An offline run reaches the disk every 15 s. SIGKILL therefore costs this view (not metrics.jsonl) the last seconds.
@@ -12,6 +13,7 @@ One W&B run per training, under an id made once and kept in the run directory. F
 
 import json
 import logging
+import math
 import netrc
 import os
 import secrets
@@ -33,6 +35,7 @@ from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.core.runtime import PREEMPTED_EXIT_CODE
 from ldm_scale.core.secrets import without_secrets
 from ldm_scale.tracking.alerts import QUIET_S, Alert, alert_of
+from ldm_scale.tracking.panels import panel_of
 
 if TYPE_CHECKING:
     import wandb
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _CONNECT_S = 4.0  # a server that has not accepted a connection by then counts as unreachable
 _INIT_S = 8.0  # and one that accepted but has not answered by then too; together under 15 s
+_AXIS = "train/images_seen"
+_BEST = {"min": min, "max": max}
 _TITLE = 63  # characters of an alert's title that W&B takes
 _FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
 EXIT_CODES: dict[State, int] = {
@@ -90,9 +95,34 @@ class Place:
                 group=self.group,
                 tags=list(self.tags),
             )
-        run.define_metric("train/images_seen", hidden=True)
-        run.define_metric("*", step_metric="train/images_seen")
+        run.define_metric(_AXIS, hidden=True)
+        run.define_metric("*", step_metric=_AXIS)
         return run
+
+
+class Rows:
+    """What W&B is told of names: each one's axis and, of scores, the best value so far beside the last."""
+
+    def __init__(self) -> None:
+        self._defined = set[str]()
+        self._best: dict[str, float] = {}
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Take in what is going to be sent, or was by an earlier process."""
+        for name, value in values.items():
+            best = panel_of(name).best
+            if best is not None and math.isfinite(value):
+                self._best[name] = _BEST[best](value, self._best.get(name, value))
+
+    def send(self, run: "wandb.Run", images_seen: int, values: Mapping[str, Any], *, number: int) -> None:
+        """Log a row of numbers and pictures."""
+        for name in values.keys() - self._defined:
+            best = panel_of(name).best
+            run.define_metric(name, step_metric=_AXIS, summary=best and f"{best},last")
+        self._defined |= values.keys()
+        run.log({**values, _AXIS: images_seen}, step=number, commit=True)
+        for name in values.keys() & self._best.keys():
+            run.summary[name] = {panel_of(name).best: self._best[name], "last": values[name]}
 
 
 class Wandb:
@@ -101,7 +131,7 @@ class Wandb:
     def __init__(self, run_dir: RunDir, place: Place, *, offline: bool = False) -> None:
         self._run_dir, self._place, self._offline = run_dir, place, offline
         self._run: wandb.Run | None = None
-        self._sent = _Sent(run_dir.wandb / "sent.json")
+        self._rows, self._sent = Rows(), _Sent(run_dir.wandb / "sent.json")
         self._watched_bytes = 0
 
     def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
@@ -164,15 +194,12 @@ class Wandb:
     def _send(self, images_seen: int, values: dict[str, Any]) -> None:
         if self._run is None:
             return
+        self._rows.note(values)
         fresh = {name: value for name, value in values.items() if self._sent.is_new(name, images_seen)}
         if not fresh:
             return
         run = self._run
-        self._try(
-            lambda: run.log(
-                {**fresh, "train/images_seen": images_seen}, step=self._sent.note(fresh, images_seen), commit=True
-            )
-        )
+        self._try(lambda: self._rows.send(run, images_seen, fresh, number=self._sent.note(fresh, images_seen)))
 
     def _send_watched(self) -> None:
         """Scores that were made beside the training since the last look, each at the images it is of."""

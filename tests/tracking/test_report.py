@@ -126,7 +126,9 @@ def test_panels_come_in_the_dashboards_order(run_dir):
     assert [panel["section"][0] for panel in panels] == sorted(panel["section"][0] for panel in panels)
     names = {panel["title"]: panel["names"] for panel in panels}
     assert names["C12 Validation loss by timestep"] == [f"val/loss_t{t:03d}" for t in range(0, 1000, 100)]
-    assert len(names["E21 Milliseconds of a step"]) == 3 and len(names["E20 Where a step's time goes"]) == 2
+    assert (
+        len(names["E21 Time of a step (ms)"]) == 3 and len(names["E20 Where a step's time goes (share of time)"]) == 2
+    )
     assert names["D17 Samples, fixed captions and noise"] == ["samples/grid"]
 
 

@@ -32,10 +32,14 @@ def test_offline_run_can_be_read_back(tmp_path, environment):
         "train/loss", "train/lr", "train/images_seen", "eval/fd_random", "samples/grid", "events/checkpoint",
     }  # fmt: skip
     assert summary["summary"]["samples/grid"]["caption"] == "after 40"
-    metrics = [
-        record["metric"] for record in map(json.loads, inspect(part, "--json").splitlines()) if "metric" in record
-    ]
-    assert any(metric.get("step_metric") == "train/images_seen" for metric in metrics), metrics
+    records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
+    metrics = [record["metric"] for record in records if "name" in record.get("metric", {})]
+    axes = {metric["name"]: metric["step_metric"] for metric in metrics if metric["name"] != "train/images_seen"}
+    assert axes == dict.fromkeys(logged - {"train/images_seen"}, "train/images_seen")
+    assert {metric["name"]: metric.get("summary") for metric in metrics}["eval/fd_random"] == {
+        "min": True,
+        "last": True,
+    }
     hint = closing_hint(RunDir(run))
     assert f"wandb leet {run / 'wandb'}" in hint and f"wandb sync {part}" in hint
     command = next(line.split(":", 1)[1] for line in hint.splitlines() if "inspect" in line).split()
@@ -67,6 +71,8 @@ def test_resumed_run_gives_no_point_twice(tmp_path, environment, end, wait):
     assert {point: n for point, n in counts.items() if n > 1 and point[0] != "train/images_seen"} == {}
     numbers = [row["_step"] for row in held]
     assert numbers == sorted(set(numbers)), "both folders number their rows in one sequence"
+    best = json.loads(inspect(parts(run)[-1], "--summary", "--json"))["summary"]["eval/fd_random"]
+    assert best == {"min": 1, "last": 81}, "the best is the first process's, and W&B keeps it per process"
 
 
 @pytest.mark.slow
