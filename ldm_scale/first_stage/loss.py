@@ -202,11 +202,24 @@ def perceptual_network(config: AutoencoderLossConfig, weights: str | None) -> "F
     weights  directory that holds VGG16_FILE; only LPIPS needs it
     raises   FileNotFoundError where LPIPS is asked for and the file is not there; ValueError where it is damaged
     """
+    if config.perceptual is not PerceptualKind.lpips:
+        return perceptual_architecture(config)
+    vgg16 = torch.load(_vgg16_file(weights), weights_only=True, map_location="cpu")
+    distance = perceptual_architecture(config)
+    assert distance is not None
+    load_vgg16(distance.network, vgg16)
+    return distance
+
+
+def perceptual_architecture(config: AutoencoderLossConfig) -> "FrozenDistance | None":
+    """`perceptual_network` without VGG16's weights: enough to count what it costs."""
     if config.perceptual is PerceptualKind.none:
         return None
     if config.perceptual is PerceptualKind.random:
         return FrozenDistance(RandomFeatureDistance())
-    return FrozenDistance(_lpips(_vgg16_file(weights)))
+    import lpips  # over a second to import
+
+    return FrozenDistance(lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False))  # linear weights ship with it
 
 
 class FrozenDistance(nn.Module):
@@ -272,14 +285,6 @@ def _vgg16_file(weights: str | None) -> str:
             f"{path} is damaged: its sha256 starts with {found[:8]}, not {expected}; delete it and {remedy}"
         )
     return path
-
-
-def _lpips(vgg16_file: str) -> nn.Module:
-    import lpips  # over a second to import
-
-    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # its linear weights ship with the package
-    load_vgg16(network, torch.load(vgg16_file, weights_only=True, map_location="cpu"))
-    return network
 
 
 def load_vgg16(network: nn.Module, state: dict[str, Tensor]) -> None:

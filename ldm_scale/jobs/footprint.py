@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ldm_scale.jobs.first_stage_cost import IMAGE_CHANNELS, Judges
 from ldm_scale.jobs.model_table import conditioner_inputs
 from ldm_scale.jobs.schemas.experiment import Experiment
 from ldm_scale.nn.unet import BLOCK_KINDS
@@ -52,8 +53,8 @@ class Footprint:
     averages: int
     buffers: int
     """Of the frameworks: copies, buckets, gathered weights."""
-    frozen: int
-    """Networks that do not train."""
+    beside: int
+    """Networks that do not train, and a discriminator with its gradients and moments."""
     activations: int
     transient: int
     """Needed when the activations are gone."""
@@ -61,7 +62,7 @@ class Footprint:
     @property
     def total(self) -> int:
         """At the worst moment."""
-        held = self.weights + self.gradients + self.optimizer + self.averages + self.buffers + self.frozen
+        held = self.weights + self.gradients + self.optimizer + self.averages + self.buffers + self.beside
         return held + max(self.activations, self.transient)
 
 
@@ -72,14 +73,14 @@ def footprint(
     parameters: int,
     world: int,
     averages: int,
-    frozen: int = 0,
+    beside: int = 0,
     activations: int = 0,
 ) -> Footprint:
     """What one of `world` processes holds.
 
     parameters   trained ones, P
     averages     how many, H
-    frozen       bytes of networks that do not train
+    beside       bytes of other networks, and of what one that learns needs
     activations  bytes kept from a forward pass of one micro batch for its backward pass
     """
     dtypes, stage = DTYPES[kind, precision], kind.zero_stage
@@ -92,7 +93,7 @@ def footprint(
         optimizer=master * share * (3 if own_masters else 2),
         averages=dtypes.ema.itemsize * share * averages,
         buffers=_buffers(kind, precision, parameters),
-        frozen=frozen,
+        beside=beside,
         activations=activations,
         transient=_transient(kind, precision, parameters, share),
     )
@@ -139,7 +140,7 @@ def activation_bytes(job: Experiment, precision: Precision, batch: int) -> int:
 
     With activation checkpointing, also what the backward pass rebuilds of the largest block. Nothing is computed:
     shapes run through the networks as if on a GPU, under the engine's autocast, with attention that keeps its inputs,
-    its output and one number a row. Without the loss of a first stage.
+    its output and one number a row. What judges a first stage keeps its own, in float32.
     """
     measured = _measure(job, precision, batch)
     if job.unet is None or not job.unet.activation_checkpointing:
@@ -153,27 +154,50 @@ def _measure(job: Experiment, precision: Precision, batch: int) -> "_Live":
     with torch.device("meta"):
         module: nn.Module = job.first_stage.build() if job.trains_first_stage else job.latent_diffusion.build_trained()
         given = None if job.trains_first_stage else conditioner_inputs(job)
+    judges = Judges(job.autoencoder_loss) if job.trains_first_stage else None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=dtype))
-        forward = _forward(job, module, batch, given)
-        live = _Live(module)
-        with live, _Fused(), _autocast(dtype):
+        if judges is None:
+            live, forward = _Live(module), _second_stage(job, module, batch, given, dtype)
+        else:
+            for part in judges.networks.modules():  # one by one: LPIPS has the same ones under two names
+                part._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), recurse=False)
+            live = _Live(nn.ModuleList((module, judges.networks)))
+            forward = _first_stage(job, module, judges, batch, dtype)
+        with live, _Fused():
             kept = forward()
         live.freeze()
         del kept
     return live
 
 
-def _forward(job: Experiment, module: Any, batch: int, inputs: Tensor | None) -> Callable[[], object]:
-    """A call of the network on a batch of nothing; `inputs` is like one sample's condition."""
+def _first_stage(job: Experiment, module: Any, judges: Judges, batch: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A training's forward passes on a batch of nothing."""
     side = job.data.transform.size
-    z_BCHW = torch.empty(batch, *job.first_stage.latent_shape(side))
-    if job.trains_first_stage:
-        images_BCHW = torch.empty(batch, 3, side, side)
-        return lambda: module(images_BCHW, z_BCHW)
+    images_BCHW = torch.empty(batch, IMAGE_CHANNELS, side, side)
+    noise_BCHW = torch.empty(batch, *job.first_stage.latent_shape(side))
+
+    def forward() -> object:
+        with _autocast(dtype):
+            rebuilt = module(images_BCHW, noise_BCHW)
+        return rebuilt, judges.keep(images_BCHW, rebuilt)
+
+    return forward
+
+
+def _second_stage(
+    job: Experiment, module: Any, batch: int, inputs: Tensor | None, dtype: torch.dtype
+) -> Callable[[], object]:
+    """A training's forward pass on a batch of nothing; `inputs` is like one sample's condition."""
+    z_BCHW = torch.empty(batch, *job.first_stage.latent_shape(job.data.transform.size))
     t_B = torch.zeros(batch, dtype=torch.int64)
     told = None if inputs is None else torch.zeros(batch, *inputs.shape[1:], dtype=inputs.dtype)
-    return lambda: module.network(z_BCHW, t_B, **module.conditions(told)).float().square().mean()
+
+    def forward() -> object:
+        with _autocast(dtype):
+            return module.network(z_BCHW, t_B, **module.conditions(told)).float().square().mean()
+
+    return forward
 
 
 class _Live(TorchDispatchMode):

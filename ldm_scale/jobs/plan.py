@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from ldm_scale.data.config import Origin
 from ldm_scale.data.tar import BLOCK
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import preflight, speed
+from ldm_scale.jobs.first_stage_cost import Judges
 from ldm_scale.jobs.footprint import Footprint, activation_bytes, checkpointing_everything, footprint
 from ldm_scale.jobs.model_table import conditioner_inputs, parameters
 from ldm_scale.jobs.precompute import member_bytes, moments_of, text_shape
@@ -40,7 +41,7 @@ from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.speed import Machine, Step, Work
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
 from ldm_scale.training.engine import EngineKind
-from ldm_scale.training.throughput import training_flops
+from ldm_scale.training.throughput import forward_flops
 from ldm_scale.training.validation import BUCKETS
 
 _GPU_CONTEXT = 2_000_000_000  # bytes of CUDA, cuDNN and NCCL, outside of torch's allocator
@@ -53,21 +54,16 @@ class Figures:
 
     parameters: int
     """Trained ones."""
-    frozen_bytes: int
-    """Of networks that do not train, on each GPU."""
-    forward_flops: float
-    """Of the trained networks, for an image."""
+    beside_bytes: int
+    """On each GPU, of networks that do not train, and of a discriminator with its gradients and moments."""
+    training_flops: float
+    """To train on an image: forward and twice as much backward, and what judges a first stage."""
     encoder_flops: float
     """From an image to its latent; 0 where nothing is encoded."""
     evaluation_flops: float
     """Of one evaluation, by all processes together."""
     showing_flops: float
     """Of one sample grid, on every process."""
-
-    @property
-    def training_flops(self) -> float:
-        """For an image: forward and twice as much backward."""
-        return 3 * self.forward_flops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,12 +166,13 @@ def measure(job: Experiment) -> Figures:
     with torch.device("meta"):
         first, image_BCHW = job.first_stage.build(), torch.empty(1, 3, size, size)
         z_BCHW = torch.empty(1, *job.first_stage.latent_shape(size))
-        encode, decode = _flops(lambda: first.encode(image_BCHW)), _flops(lambda: first.decode(z_BCHW))
+        encode, decode = forward_flops(lambda: first.encode(image_BCHW)), forward_flops(lambda: first.decode(z_BCHW))
     if job.trains_first_stage:
+        judges = Judges(job.autoencoder_loss)
         return Figures(
             parameters=parameters(first),
-            frozen_bytes=0,
-            forward_flops=encode + decode,
+            beside_bytes=judges.bytes,
+            training_flops=3 * (encode + decode) + judges.flops(size),
             encoder_flops=0.0,
             evaluation_flops=scores * len(job.evaluation.weights) * (encode + decode),
             showing_flops=grid / 2 * (encode + decode),
@@ -186,23 +183,19 @@ def measure(job: Experiment) -> Figures:
         t_B, inputs = torch.zeros(1, dtype=torch.int64), conditioner_inputs(job)
         told = model.conditions(inputs)
         forward, denoise = (
-            _flops(lambda: model.network(z_BCHW, t_B, **model.conditions(inputs))),
-            _flops(lambda: model.network(z_BCHW, t_B, **told)),
+            forward_flops(lambda: model.network(z_BCHW, t_B, **model.conditions(inputs))),
+            forward_flops(lambda: model.network(z_BCHW, t_B, **told)),
         )
     draw = denoise * job.sampler.steps * (1 if job.sampler.guidance == 1 else 2) + decode
     scored, validated = job.evaluation.weights, {*job.evaluation.weights, "raw"}
     return Figures(
         parameters=parameters(model),
-        frozen_bytes=4 * (parameters(first) + parameters(conditioner) - parameters(model.conditioner)),
-        forward_flops=forward,
+        beside_bytes=4 * (parameters(first) + parameters(conditioner) - parameters(model.conditioner)),
+        training_flops=3 * forward,
         encoder_flops=encode,
         evaluation_flops=scores * (len(scored) * draw + len(validated) * BUCKETS * forward),
         showing_flops=grid * draw,
     )
-
-
-def _flops(forward: Callable[[], object]) -> float:
-    return training_flops(forward, images=1) / 3  # which are a forward pass and a backward pass of twice as many
 
 
 def memory_of(job: TrainJob, machine: Machine, figures: Figures, world: int) -> list[Memory]:
@@ -223,7 +216,7 @@ def memory_of(job: TrainJob, machine: Machine, figures: Figures, world: int) -> 
                 parameters=figures.parameters,
                 world=world,
                 averages=len(job.ema_half_lives),
-                frozen=figures.frozen_bytes,
+                beside=figures.beside_bytes,
                 activations=activations,
             )
             fits = held.total + _GPU_CONTEXT <= machine.memory
@@ -407,7 +400,6 @@ def _plain(found: Plan) -> dict[str, Any]:
     """JSON values: every field, and what follows from them."""
     plain = jobs_config.to_plain(found)
     plain["would_fail"] = found.would_fail
-    plain["figures"]["training_flops"] = found.figures.training_flops
     for one, memory in zip(plain["memory"], found.memory, strict=True):
         one["footprint"]["total"] = memory.footprint.total
     for one, scale in zip(plain["scales"], found.scales, strict=True):

@@ -25,6 +25,7 @@ from ldm_scale.first_stage.loss import ReconstructionLoss, perceptual_network
 from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
+from ldm_scale.jobs.first_stage_cost import IMAGE_CHANNELS, Judges
 from ldm_scale.jobs.precompute import identity
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.scores import (
@@ -52,7 +53,6 @@ from ldm_scale.training.validation import HeldOut
 
 log = runtime.logger(__name__)
 
-_CHANNELS = 3  # of the images that a discriminator sees
 _LAST = "decoder.conv_out.weight"  # the decoder's last layer, by the name that it has in every first stage
 _PROGRESSIVE_ROWS, _PROGRESSIVE_COLUMNS = 4, 6  # pictures of how a sample came about: captions, moments
 
@@ -138,7 +138,7 @@ class AutoencoderStage(Stage):
         adversarial = self._job.autoencoder_loss.adversarial
         if adversarial.exists:
             ratio = adversarial.learning_rate_ratio
-            engine.accompany(DISCRIMINATOR, adversarial.build(_CHANNELS), optimizer, learning_rate_ratio=ratio)
+            engine.accompany(DISCRIMINATOR, adversarial.build(IMAGE_CHANNELS), optimizer, learning_rate_ratio=ratio)
         if self._loss.variance is not None:
             engine.accompany("variance", self._loss.variance, optimizer)
 
@@ -176,12 +176,12 @@ class AutoencoderStage(Stage):
         return {}
 
     def flops_per_image(self) -> float:
-        """Of the autoencoder alone, without discriminator and perceptual network."""
+        """Of the autoencoder and of what judges it, a discriminator from its start on."""
         size = self._job.data.transform.size
         with torch.device("meta"):
             network = self._job.first_stage.build()
             images, noise = torch.empty(1, 3, size, size), torch.empty(1, *self._job.first_stage.latent_shape(size))
-        return training_flops(lambda: network(images, noise), images=1)
+        return training_flops(lambda: network(images, noise), images=1) + Judges(self._job.autoencoder_loss).flops(size)
 
     def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
         network = self._job.first_stage.build()

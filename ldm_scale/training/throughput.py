@@ -25,10 +25,15 @@ _DENSE_BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 225
 
 def training_flops(forward: Callable[[], object], images: int) -> float:
     """Floating-point operations to train on one image: three times those of the forward pass of `images` images."""
+    return _BACKWARD_AND_FORWARD * forward_flops(forward) / images
+
+
+def forward_flops(forward: Callable[[], object]) -> float:
+    """Floating-point operations of a call, without gradients."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         forward()
-    return _BACKWARD_AND_FORWARD * counter.get_total_flops() / images
+    return float(counter.get_total_flops())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,9 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.data.loader import Loader
@@ -60,6 +63,28 @@ def test_every_first_stage_trains_at_toy_scale(experiment: str, world: Path) -> 
     assert ("train/kl" in found) != ("train/codebook" in found)
     still = [name for name, tensor in module.state_dict().items() if torch.equal(tensor, training.start[name])]
     assert [name for name in still if not name.endswith("to_k.bias")] == []  # softmax sees no shift of all its inputs
+
+
+class Operations(TorchDispatchMode):
+    """Counts those of every product, forward and backward; torch's own counter does not stand autograd.grad."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["none", "hinge"])
+def test_operations_are_counted_as_a_step_does_them(kind: str, world: Path) -> None:
+    """Of the autoencoder, the perceptual network and the discriminator, but for gradients of the pixels themselves."""
+    judged = ["autoencoder_loss.perceptual=random", f"autoencoder_loss.adversarial.kind={kind}"]
+    sizes = ["first_stage.channels=8", "autoencoder_loss.adversarial.start_images=0", "global_batch=4", "micro_batch=4"]
+    with Operations() as counted:
+        training = Training("autoencoder_kl_f4", world, 1, *judged, *sizes)
+    assert training.stage.flops_per_image() == pytest.approx(counted.total / 4, rel=0.02)
 
 
 @pytest.mark.slow

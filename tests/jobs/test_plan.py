@@ -34,7 +34,7 @@ def laion() -> TrainJob:
 def test_the_figures_of_the_published_model(laion: TrainJob) -> None:
     found = plan.measure(laion)
     assert found.parameters == TXT2IMG
-    assert found.frozen_bytes == 4 * 83_653_863
+    assert found.beside_bytes == 4 * 83_653_863
     assert found.encoder_flops == pytest.approx(272.72e9, rel=1e-3)
     assert found.training_flops == pytest.approx(0.78e12, rel=1e-2)  # operations.md 1
 
@@ -85,6 +85,22 @@ def test_activations_grow_with_the_batch_and_shrink_with_recomputation(laion: Tr
     assert four == pytest.approx(4 * one, rel=0.02)
     assert activation_bytes(laion, Precision.fp32, 1) > 1.5 * one
     assert activation_bytes(checkpointing_everything(laion), Precision.bf16, 4) < four / 2
+
+
+@pytest.mark.slow
+def test_what_judges_a_first_stage_is_in_its_plan() -> None:
+    """VGG16's convolutions at 256 x 256: 20.0 billion multiplications of two, forward twice, backward twice."""
+    whole, alone = (
+        config.compose("train", ["+experiment=autoencoder_kl_f8", "name=x", *without])
+        for without in ([], ["autoencoder_loss.perceptual=none", "autoencoder_loss.adversarial.kind=none"])
+    )
+    found, plain = plan.measure(whole), plan.measure(alone)
+    discriminator = 2_764_737  # three layers of 64 channels
+    assert plain.beside_bytes == 0
+    assert found.beside_bytes == pytest.approx(4 * 14.71e6 + 16 * discriminator, rel=1e-3)
+    assert found.training_flops - plain.training_flops > 4 * 2 * 20.0e9
+    kept, bare = (activation_bytes(job, Precision.fp32, 1) for job in (whole, alone))
+    assert kept > bare + 2 * 4 * 64 * 256**2  # what VGG's first layer makes of an image and of its reconstruction
 
 
 def work(kind: EngineKind, **changed: Any) -> Work:
