@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm_scale.core.tensors import over_samples
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: zero3 of DeepSpeed looks through a module's output by `vars`
 class Conditions:
     """What the U-Net is given beside the noisy latent; None where there is nothing of a kind.
 

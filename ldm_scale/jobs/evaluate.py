@@ -58,7 +58,7 @@ def _score_second_stage(job: EvaluateJob) -> None:
     if job.data.size is not None:
         raise ValueError(f"data.size={job.data.size}: a second stage is scored at the size that it was trained at")
     source = loading.TrainingRun(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)
-    trained = source.load(runtime.device())
+    trained = source.load_as_trained(runtime.device())
     data = replace(source.data, validation=job.data.images or source.data.validation)
     held_out = HeldOutImages.open(data, job.evaluation.images)
     transform = jobs_config.to_plain(data.transform)

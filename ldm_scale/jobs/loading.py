@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.conditioning.base import ConditionerConfig
-from ldm_scale.conditioning.clip_text import ClipTextConditioner, ClipTextConfig
+from ldm_scale.conditioning.clip_text import CachedTextConditioner, ClipTextConditioner, ClipTextConfig
 from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.config import DataConfig
@@ -20,6 +20,7 @@ from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.model import LatentDiffusion, LatentDiffusionConfig
 from ldm_scale.training import checkpoint_files
 from ldm_scale.training.ema import half_life_of
+from ldm_scale.training.engine import DTYPES, EngineKind, Precision
 
 LATENTS = "latents"
 """Key of a first stage's config.json: what its latents look like, and on how many images."""
@@ -203,20 +204,40 @@ class TrainingRun(ModelSource):
         self.checkpoint = self._weights.checkpoint
 
     def load(self, device: torch.device) -> TrainedModel:
+        loaded, encoder = self._load(device)
+        if encoder is not None:
+            loaded.model.conditioner = encoder.to(device)
+        return loaded
+
+    def load_as_trained(self, device: torch.device) -> TrainedModel:
+        """The same to score: in the number types of its training, and where that read cached text, with text as cached.
+
+        Scores that it logged come out again, exactly.
+        """
+        loaded, encoder = self._load(device)
+        engine = self._weights.job["engine"]
+        dtypes = DTYPES[EngineKind[engine["kind"]], Precision[engine["precision"]]]
+        loaded.model.use_dtypes(parameter=dtypes.parameter, compute=dtypes.compute)
+        if encoder is not None and isinstance(loaded.model.conditioner, CachedTextConditioner):
+            loaded.model.conditioner.use(encoder.to(device))
+        return loaded
+
+    def _load(self, device: torch.device) -> tuple[TrainedModel, ClipTextConditioner | None]:
+        """The model as a checkpoint holds it, and the text encoder that training left out of it, if any."""
         state, tensors = self._weights.read()
         model = self.config.build_trained()
         weights.load_exactly(model, tensors, str(self.checkpoint))
         if (encoder := text_encoder(self.config.conditioning)) is not None:
             self._require_trained_on("text encoder", encoder, state["text_encoder_sha256"], encoder.config.model)
-            model.conditioner = encoder
         trained_on = first_stage(self.first_stage)
         self._require_trained_on("first stage", trained_on, state["first_stage_sha256"], self.first_stage.checkpoint)
-        return TrainedModel(
+        loaded = TrainedModel(
             model=model.requires_grad_(False).eval().to(device),
             first_stage=trained_on.to(device),
             latent_scale=state["latent_scale"],
             described=self._weights.described,
         )
+        return loaded, encoder
 
     def _require_trained_on(
         self, what: str, network: FirstStage | ClipTextConditioner, sha256: str, where: str | None

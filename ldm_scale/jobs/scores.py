@@ -260,8 +260,10 @@ def paused(parts: Iterator[Tensor], between: Between) -> Iterator[Tensor]:
 @torch.no_grad()
 def reconstruct(first_stage: FirstStage, images_BCHW: Tensor) -> Rebuilt:
     """Images encoded to the mean of their posterior and decoded, clamped to [-1, 1], all on one device."""
-    rebuilt = first_stage(images_BCHW, images_BCHW.new_zeros(()))
-    return replace(rebuilt, images=rebuilt.images.clamp(-1, 1))
+    under_zero = any(weight.dtype is torch.bfloat16 for weight in first_stage.parameters())
+    with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=under_zero):
+        rebuilt = first_stage(images_BCHW, images_BCHW.new_zeros(()))
+    return replace(rebuilt, images=rebuilt.images.float().clamp(-1, 1))
 
 
 @torch.no_grad()

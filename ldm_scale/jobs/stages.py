@@ -45,7 +45,7 @@ from ldm_scale.tracking.tracker import Tracker
 from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.ema import EMA
-from ldm_scale.training.engine import Engine
+from ldm_scale.training.engine import Dtypes, Engine
 from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
@@ -68,6 +68,10 @@ class Stage(ABC):
     def prepare(self, engine: Engine, optimizer: OptimizerConfig) -> None:
         """Give the engine all that trains."""
         engine.prepare(self.module, optimizer)
+
+    @abstractmethod
+    def match(self, dtypes: Dtypes) -> None:
+        """Look at `module` in the number types of an engine that is not there."""
 
     @abstractmethod
     def step(self, engine: Engine, ema: EMA) -> Step[Any]:
@@ -154,6 +158,9 @@ class AutoencoderStage(Stage):
         return AutoencoderStep(
             engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook, adversary=adversary
         )
+
+    def match(self, dtypes: Dtypes) -> None:
+        """What is given back is judged in float32."""
 
     def validate(self, between: Between, suffix: str) -> dict[str, float]:
         """Its scores say it all."""
@@ -257,6 +264,13 @@ class DiffusionStage(Stage):
             statistics.add(moments.pack().cpu().numpy())
         assert statistics is not None
         return statistics.std
+
+    def prepare(self, engine: Engine, optimizer: OptimizerConfig) -> None:
+        Stage.prepare(self, engine, optimizer)
+        self.module.compute_dtype = engine.compute_dtype
+
+    def match(self, dtypes: Dtypes) -> None:
+        self.module.use_dtypes(parameter=dtypes.parameter, compute=dtypes.compute)
 
     def step(self, engine: Engine, ema: EMA) -> Step[Any]:
         return DiffusionStep(

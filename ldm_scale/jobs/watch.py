@@ -18,6 +18,7 @@ from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.tracking.tracker import Silent, strict_json
 from ldm_scale.training import checkpoint_files
+from ldm_scale.training.engine import DTYPES
 from ldm_scale.training.loop import Evaluation
 
 _BETWEEN_S = 10.0  # between two looks for new checkpoints
@@ -37,6 +38,7 @@ def run(run_dir: RunDir) -> None:
     preemption = runtime.Preemption()
     stage = stage_of(job, runtime.device(), lambda key, reason, position: None)
     stage.module.to(runtime.device())
+    stage.match(DTYPES[job.engine.kind, job.engine.precision])
     try:
         for path in _appearing(run_dir, preemption):
             _write(run_dir, checkpoint_files.images_of(path), _evaluations(path, job, stage, preemption))

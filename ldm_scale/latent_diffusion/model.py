@@ -5,6 +5,7 @@ Knows latents, not pixels: the first stage stays outside, frozen, without gradie
 Shape letters: B batch, C channels, H W latent height and width, L context tokens, D context width.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,15 @@ class LatentDiffusion(nn.Module):
         self._weights = TimestepTable(self.objective.weights(self.schedule.snr))
         self.unet = config.unet.build()
         self.conditioner = conditioner
+        self.compute_dtype = torch.float32
+        """Of products and convolutions where no engine is around the model: in drawing and in validation."""
         _require_widths(config.unet, conditioner)
+
+    def use_dtypes(self, *, parameter: torch.dtype, compute: torch.dtype) -> None:
+        """Draw in the number types of a training, so that its own scores are met exactly."""
+        for weights in self.parameters():
+            weights.data = weights.data.to(parameter)
+        self.compute_dtype = compute
 
     def conditions(self, inputs: Tensor | None) -> dict[str, Tensor]:
         """What the U-Net is told besides the latent, by `network`'s arguments; empty for an unconditional model.
@@ -78,7 +87,8 @@ class LatentDiffusion(nn.Module):
         """
         if self.conditioner is None:
             return {}
-        told = self.conditioner(inputs)
+        with self._autocast():
+            told = self.conditioner(inputs)
         named = {"context_BLD": told.context, "concat_BCHW": told.concat, "vector_BE": told.vector}
         return {name: value for name, value in named.items() if value is not None}
 
@@ -86,7 +96,8 @@ class LatentDiffusion(nn.Module):
         """The same, made ready for many steps: keys and values of the context, which no step changes, in its place."""
         conditions = self.conditions(inputs)
         if "context_BLD" in conditions:
-            conditions["keys_values_BF"] = self.unet.keys_values(conditions.pop("context_BLD"))
+            with self._autocast():
+                conditions["keys_values_BF"] = self.unet.keys_values(conditions.pop("context_BLD"))
         return conditions
 
     def network(
@@ -103,7 +114,8 @@ class LatentDiffusion(nn.Module):
         if concat_BCHW is not None:
             concat_BCHW = concat_BCHW.expand(-1, -1, *z_BCHW.shape[2:])
             z_BCHW = torch.cat((z_BCHW, concat_BCHW), dim=1)
-        return self.unet(z_BCHW, t_B, context_BLD, vector_BE, keys_values_BF=keys_values_BF)
+        with self._autocast():
+            return self.unet(z_BCHW, t_B, context_BLD, vector_BE, keys_values_BF=keys_values_BF)
 
     def forward(self, z_0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, inputs: Tensor | None) -> Tensor:
         """The loss of each sample, (B,), float32, weighted by its timestep.
@@ -118,6 +130,11 @@ class LatentDiffusion(nn.Module):
         out_BCHW = self.network(z_t_BCHW, t_B, **self.conditions(inputs))
         loss_B = self.objective.per_sample_loss(out_BCHW, self.objective.target(z_0_BCHW, noise_BCHW, alpha, sigma))
         return loss_B * self._weights(t_B, loss_B)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.compute_dtype is torch.float32:
+            return nullcontext()  # an engine's own stays on
+        return torch.autocast(next(self.parameters()).device.type, self.compute_dtype)
 
 
 def _require_widths(unet: UNetConfig, conditioner: Conditioner | None) -> None:

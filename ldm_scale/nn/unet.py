@@ -184,13 +184,15 @@ class UNet(nn.Module):
         self._check(z_BCHW, vector_BE)
         context = self._context(context_BLD, keys_values_BF)
         activated_BE = functional.silu(self._embedding(t_B, vector_BE, z_BCHW.dtype))
-        h_BCHW = self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last))
-        skips = [h_BCHW]
+        # Blocks are given and give lists, and change none: zero3's hooks hand on copies of them.
+        skips: list[Tensor] = [self.conv_in(z_BCHW.contiguous(memory_format=torch.channels_last))]
         for down in self.down_blocks:
-            h_BCHW = down(h_BCHW, activated_BE, context, skips)
-        h_BCHW = self.mid_block(h_BCHW, activated_BE, context)
+            skips += down(skips[-1], activated_BE, context)
+        h_BCHW = self.mid_block(skips[-1], activated_BE, context)
+        own = self.config.num_res_blocks + 1  # of each block on the way up
         for up in self.up_blocks:
-            h_BCHW = up(h_BCHW, activated_BE, context, skips)
+            h_BCHW = up(h_BCHW, activated_BE, context, skips[-own:])
+            del skips[-own:]
         out_BCHW: Tensor = self.conv_out(functional.silu(self.conv_norm_out(h_BCHW)))
         return out_BCHW
 
@@ -256,17 +258,17 @@ class DownBlock(nn.Module):
             skips.append(width)
         self.recomputed = config.activation_checkpointing
 
-    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context: Context | None, skips: list[Tensor]) -> Tensor:
-        """Pushes on `skips` what every residual block and the downsampler give; returns the last of them."""
+    def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context: Context | None) -> list[Tensor]:
+        """What every residual block and the downsampler give."""
+        outputs = []
         for index, resnet in enumerate(self.resnets):
             h_BCHW = _run(resnet, "resnet" in self.recomputed, h_BCHW, activated_BE)
             if self.attentions:
                 h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context)
-            skips.append(h_BCHW)
+            outputs.append(h_BCHW)
         for downsample in self.downsamplers:
-            h_BCHW = _run(downsample, "resnet" in self.recomputed, h_BCHW, activated_BE)
-            skips.append(h_BCHW)
-        return h_BCHW
+            outputs.append(_run(downsample, "resnet" in self.recomputed, h_BCHW, activated_BE))
+        return outputs
 
 
 class MidBlock(nn.Module):
@@ -305,9 +307,9 @@ class UpBlock(nn.Module):
         self.recomputed = config.activation_checkpointing
 
     def forward(self, h_BCHW: Tensor, activated_BE: Tensor, context: Context | None, skips: list[Tensor]) -> Tensor:
-        """Pops from `skips` one feature map for every residual block."""
+        """`skips` has a feature map for every residual block, the last one for the first."""
         for index, resnet in enumerate(self.resnets):
-            h_BCHW = torch.cat((h_BCHW, skips.pop()), dim=1)
+            h_BCHW = torch.cat((h_BCHW, skips[-1 - index]), dim=1)
             h_BCHW = _run(resnet, "resnet" in self.recomputed, h_BCHW, activated_BE)
             if self.attentions:
                 h_BCHW = _run(self.attentions[index], "attention" in self.recomputed, h_BCHW, context)

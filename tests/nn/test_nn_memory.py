@@ -61,7 +61,7 @@ def test_activations_stay_channels_last_and_in_the_type_of_autocast(name: str):
 
     def hook(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen.append((f"{path} gave", output))
+            seen.extend((f"{path} gave", x) for x in (output if isinstance(output, list) else [output]))
             seen.extend((f"{path} was given", x) for x in args if isinstance(x, Tensor) and x.ndim == 4)
             if isinstance(module, nn.Linear):  # images become tokens without a copy
                 assert args[0].is_contiguous(), path
