@@ -194,6 +194,18 @@ def test_two_processes_train_like_one(name: str, micro_batch: int, on_two: tuple
 
 
 @pytest.mark.slow
+def test_two_processes_in_bfloat16_stay_close_to_one(on_two: tuple[Path, Any], tmp_path: Path) -> None:
+    """The reconstruction all along; the discriminator's game in its first three steps, before it amplifies rounding."""
+    alone = adversarial.Training("one_process", tmp_path, precision="bf16")
+    ours, theirs = on_two[1]["bf16"], alone.run(adversarial.STEPS)
+    alone.engine.close()
+    assert [step["train/l1"] for step in ours] == pytest.approx([step["train/l1"] for step in theirs], rel=0.02)
+    for mine, other in zip(ours[2:5], theirs[2:5], strict=True):
+        for name in ("train/adversarial_weight", "train/discriminator", "train/grad_norm"):
+            assert mine[name] == pytest.approx(other[name], rel=0.03), name
+
+
+@pytest.mark.slow
 def test_resumes_before_and_after_its_turn_are_the_same_run_bit_for_bit(on_two: tuple[Path, Any]) -> None:
     found = on_two[1]
     assert found["resumed"] == found["plain"][1:]

@@ -131,10 +131,12 @@ def poisoned(out: Path) -> bool:
 
 def main(out: Path) -> None:
     found: dict[str, Any] = {}
-    for name, how in (
+    runs: tuple[tuple[str, dict[str, Any]], ...] = (
         ("plain", {"micro_batch": 4}),
         ("accumulated", {"micro_batch": 2}),
-    ):
+        ("bf16", {"micro_batch": 4, "precision": "bf16"}),
+    )
+    for name, how in runs:
         training = Training("ddp", out / name, **how)
         found[name] = training.run(STEPS)
         if name == "plain":
