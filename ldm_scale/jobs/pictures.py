@@ -1,7 +1,7 @@
 """A folder of numbered pictures that say how they were made, and so can be gone on with.
 
     {index:05d}.png   iTXt chunks: what was asked, and `request`, the digest of all that decides the picture
-    grid.png          the first hundred, labelled
+    grid.png          many on one page
 
 Shape letters: H W height and width, C = 3 channels.
 """
@@ -14,10 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm_scale.core import storage
-from ldm_scale.tracking.grid import labelled_grid
 
 _REQUEST = "request"
-_GRID_PICTURES, _GRID_SIDE = 100, 256  # of a grid: pictures at most, and pixels of their longer side
+_THUMBNAIL = 256  # pixels of its longer side, at most
 
 
 class Pictures:
@@ -63,19 +62,16 @@ class Pictures:
         with storage.atomic_write(self.path(index)) as file:
             Image.fromarray(pixels_HWC).save(file, format="PNG", pnginfo=text)
 
-    def write_grid(self, labels: Sequence[str], *, columns: int | None, title: str) -> None:
-        """Lay out the first pictures, made smaller where they are big. Called when all are there."""
-        labels = labels[:_GRID_PICTURES]
-        shown = []
-        for index in range(len(labels)):
-            with Image.open(self.path(index)) as image:
-                image.thumbnail((_GRID_SIDE, _GRID_SIDE))
-                shown.append(np.asarray(image.convert("RGB")))
-        if len(self._requests) > len(labels):
-            title = f"{title} (the first {len(labels)} of {len(self._requests)})"
-        page = labelled_grid(np.stack(shown), labels, columns=columns, title=title)
+    def thumbnail(self, index: int) -> np.ndarray:
+        """One picture that is there, uint8 (H, W, 3), made smaller where it is big."""
+        with Image.open(self.path(index)) as image:
+            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            return np.asarray(image.convert("RGB"))
+
+    def write_grid(self, page_HWC: np.ndarray) -> None:
+        """Called when all are there."""
         with storage.atomic_write(self.grid) as file:
-            Image.fromarray(page).save(file, format="PNG")
+            Image.fromarray(page_HWC).save(file, format="PNG")
 
     def _there(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*.png") if path.stem.isdigit())

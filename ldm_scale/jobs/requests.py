@@ -17,6 +17,7 @@ from ldm_scale.conditioning.layout import WHOLE, Layout, LayoutConfig, LayoutObj
 from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.core import storage
 from ldm_scale.images import fit
+from ldm_scale.images.asked import class_name
 from ldm_scale.jobs.schemas.sample import SampleJob
 
 _IMAGE_CHANNELS = 3
@@ -69,16 +70,17 @@ class Request:
     """The same as JSON values, under its name."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """What the picture is drawn from, by the key of the job that names it."""
+    truth: Path | None = None
+    """What should come, to be shown beside what does; no part of what is asked."""
 
-    @property
-    def label(self) -> str:
-        """A few words, for a grid."""
+    def label(self, names: Sequence[str] = ()) -> str:
+        """A few words, for a grid; `names` are those of classes."""
         if isinstance(self.condition, str):
             return self.condition
         if isinstance(self.condition, Layout):
-            return ", ".join(f"class {thing.class_id}" for thing in self.condition.objects)
+            return ", ".join(class_name(names, thing.class_id) for thing in self.condition.objects)
         if self.condition is not None:
-            return f"class {self.condition}"
+            return class_name(names, self.condition)
         return ", ".join(dict.fromkeys(path.stem for path in self.files.values()))
 
     def described(self) -> dict[str, Any]:
@@ -100,6 +102,8 @@ def read(job: SampleJob, conditioning: ConditionerConfig | None, latent_channels
     _require_keys(job, kind)
     columns = {kind.value[0]: _READERS[kind](job, conditioning)}
     columns |= {key: _from_files(key, source) for key, source in _pictures(job).items() if key not in kind.value}
+    if job.truth is not None:
+        columns["truth"] = [Request(truth=path) for path in _files("truth", job.truth)]
     if kind is Kind.nothing and job.count is None:
         del columns["count"]
     rows = _rows(columns)
@@ -121,6 +125,21 @@ def low_resolution_size(requests: Sequence[Request]) -> tuple[int, int]:
         shown = ", ".join(f"{path.name} {height} x {width}" for (height, width), path in sorted(sizes.items())[:3])
         raise ValueError(f"low_resolution= has pictures of several sizes ({shown}); say what to make: size=[H,W]")
     return next(iter(sizes))
+
+
+def class_names(job: SampleJob) -> list[str]:
+    """What classes are called, by number; empty where nothing says it.
+
+    raises  ValueError where `class_names` is no classes.json
+    """
+    if job.class_names is None:
+        return []
+    try:
+        return [str(entry["title"]) for entry in storage.read_json(job.class_names)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"class_names={job.class_names}: expected the classes.json that data_tools.make_shards writes: {error!r}"
+        ) from error
 
 
 def _require_keys(job: SampleJob, kind: Kind) -> None:
@@ -203,17 +222,20 @@ def _masked_images(job: SampleJob, conditioning: ConcatConfig) -> list[Request]:
 
 def _from_files(key: str, source: str) -> list[Request]:
     """A request for each file of `source`."""
+    return [Request(files={key: path}) for path in _files(key, source)]
+
+
+def _files(key: str, source: str) -> list[Path]:
     where = Path(source)
     if where.is_dir():
         files = sorted(path for path in where.iterdir() if path.suffix.lower() in fit.SUFFIXES)
         if not files:
             raise FileNotFoundError(f"{key}={source} holds no picture ({', '.join(fit.SUFFIXES)})")
-    else:
-        try:
-            files = [Path(name) for name in storage.expand(source, suffix=".png")]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{key}={source} names no file; give a file, directory, glob or list") from error
-    return [Request(files={key: path}) for path in files]
+        return files
+    try:
+        return [Path(name) for name in storage.expand(source, suffix=".png")]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}={source} names no file; give a file, directory, glob or list") from error
 
 
 _READERS: Mapping[Kind, Callable[[SampleJob, Any], list[Request]]] = {
@@ -242,7 +264,8 @@ def _rows(columns: Mapping[str, list[Request]]) -> list[Request]:
 
 
 def _merged(one: Request, other: Request) -> Request:
-    return Request(one.condition, {**one.told, **other.told}, {**one.files, **other.files})
+    told, files = {**one.told, **other.told}, {**one.files, **other.files}
+    return Request(one.condition, told, files, one.truth or other.truth)
 
 
 def _require_pairs(rows: Sequence[Request]) -> None:

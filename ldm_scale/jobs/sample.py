@@ -23,6 +23,7 @@ from ldm_scale.first_stage.loss import AutoencoderLossConfig, PerceptualKind, pe
 from ldm_scale.images import fit
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading, requests
+from ldm_scale.jobs.beside import Page
 from ldm_scale.jobs.pictures import Pictures
 from ldm_scale.jobs.requests import Kind, Request
 from ldm_scale.jobs.schemas.sample import GuideDistance, SampleJob
@@ -31,8 +32,6 @@ from ldm_scale.latent_diffusion.spatial_inputs import masked_image
 from ldm_scale.samplers.base import Frame
 
 log = runtime.logger(__name__)
-
-_COLUMNS = 10  # of a grid, at most
 
 
 def run(job: SampleJob) -> None:
@@ -45,6 +44,7 @@ def run(job: SampleJob) -> None:
     preemption = runtime.Preemption()
     source = _source(job)
     asked = requests.read(job, source.config.conditioning, source.first_stage.latent_channels)
+    names = requests.class_names(job)
     size = _size(job, source, asked)
     artist = Artist(job, source.load(runtime.device()), size)
     who = [storage.digest({**artist.settings, "index": i, "asked": one.identity()}) for i, one in enumerate(asked)]
@@ -55,7 +55,13 @@ def run(job: SampleJob) -> None:
         log.info("stopped with %d of %d pictures; the same command goes on", pictures.count(), len(asked))
         runtime.leave(runtime.PREEMPTED_EXIT_CODE)
     if runtime.is_main():
-        pictures.write_grid([one.label for one in asked], columns=_columns(job, len(asked)), title=artist.title)
+        page = Page(
+            conditioning=source.config.conditioning,
+            small=artist.small,
+            names=names,
+            each=job.images_per_prompt,
+        )
+        pictures.write_grid(page.of(pictures, asked, artist.title))
         print(_closing(job, pictures, len(asked)))
     runtime.leave()
 
@@ -79,6 +85,12 @@ class Artist:
         )
         self.settings = self._settings()
         """All that decides a picture besides its own request, as JSON values."""
+
+    @property
+    def small(self) -> tuple[int, int]:
+        """Height and width of the latent, and of the picture that super-resolution begins with."""
+        factor = self._trained.first_stage.factor
+        return self._size[0] // factor, self._size[1] // factor
 
     @property
     def title(self) -> str:
@@ -130,17 +142,15 @@ class Artist:
 
     def _conditions(self, batch: Sequence[Request]) -> list[Any]:
         """What the conditioner prepares."""
-        factor = self._trained.first_stage.factor
-        height, width = self._size[0] // factor, self._size[1] // factor
         if self._kind is Kind.masked_images:
             images_BCHW, paint_B1HW = self._pictures(batch, "images"), self._masks(batch)
             return list(masked_image(self._trained.first_stage, self._trained.latent_scale, images_BCHW, paint_B1HW))
         if self._kind is Kind.low_resolution:
-            return [fit.read_picture(one.files["low_resolution"], (height, width)) for one in batch]
+            return [fit.read_picture(one.files["low_resolution"], self.small) for one in batch]
         if self._kind is Kind.label_maps:
             told = self._trained.model.config.conditioning
             assert isinstance(told, LabelMapConfig)
-            size = (height << told.halvings, width << told.halvings)
+            size = (self.small[0] << told.halvings, self.small[1] << told.halvings)
             return [
                 fit.read_labels(one.files["label_maps"], size, classes=told.classes, no_label=NO_LABEL) for one in batch
             ]
@@ -242,11 +252,6 @@ def _draw(
             for i in lacking:
                 pictures.write(i, drawn_BHWC[i - batch.start].numpy(), artist.told(asked[i], i))
             bar.move(pictures.count())
-
-
-def _columns(job: SampleJob, count: int) -> int:
-    """A row for each condition where there are several pictures of it, else near a square."""
-    return min(_COLUMNS, job.images_per_prompt if job.images_per_prompt > 1 else max(1, round(count**0.5)))
 
 
 def _closing(job: SampleJob, pictures: Pictures, count: int) -> str:

@@ -33,8 +33,7 @@ def labelled_grid(
     _require_pictures(images_BHWC, labels)
     count = len(images_BHWC)
     columns = min(count, columns or math.ceil(math.sqrt(count)))
-    factor = max(1, math.ceil(_CELL / min(images_BHWC.shape[1:3])))
-    images_BHWC = images_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
+    images_BHWC = enlarged(images_BHWC)
     _, height, width, _ = images_BHWC.shape
     font, title_font = ImageFont.load_default(_CAPTION_SIZE), ImageFont.load_default(_TITLE_SIZE)
     captions = [_wrap(label, font, width) for label in labels] or [[] for _ in range(count)]
@@ -54,6 +53,12 @@ def labelled_grid(
             _write(draw, captions[i], font, _CAPTION_SIZE, (left, top + height + _TEXT_GAP), _INK)
         top += row_height
     return np.asarray(page)
+
+
+def enlarged(images_BHWC: np.ndarray) -> np.ndarray:
+    """Small images as a grid shows them: both sides 128 or more, by a whole factor, each pixel a square."""
+    factor = max(1, math.ceil(_CELL / min(images_BHWC.shape[1:3])))
+    return images_BHWC.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _require_pictures(images_BHWC: np.ndarray, labels: Sequence[str]) -> None:

@@ -36,7 +36,9 @@ def picture(path: Path, height: int = 8, width: int = 8, value: Any = 200) -> Pa
 def test_conditions_are_repeated_in_turn() -> None:
     asked = read(TEXT, "prompts=[a circle,a square]", "images_per_prompt=2")
     assert [one.condition for one in asked] == ["a circle", "a circle", "a square", "a square"]
-    assert [one.label for one in read(CLASSES, "classes=[3,9]")] == ["class 3", "class 9"]
+    classes = read(CLASSES, "classes=[3,9]")
+    assert [one.label() for one in classes] == ["class 3", "class 9"]
+    assert [one.label(["", "", "", "cat"]) for one in classes] == ["cat", "class 9"]
     assert len(read(None, "count=3")) == 3
 
 

@@ -93,6 +93,10 @@ class SampleJob(Drawing):
     """Share of the steps that redraws `start`, above 0; 1 keeps next to nothing of it."""
     guide: GuideConfig = field(default_factory=GuideConfig)
     """Guidance by a small picture."""
+    truth: str | None = None
+    """Pictures of what should come, one for all or one each: only shown, beside what came."""
+    class_names: str | None = None
+    """The classes.json that `data_tools.make_shards` wrote: classes get their names in the grid, not numbers."""
     size: list[int] | None = None
     """[height, width] of the pictures, pixels; None: as in training."""
     tiles: TilesConfig = field(default_factory=TilesConfig)
