@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from ldm_scale.core.secrets import without_secrets
+
 
 def say(*lines: str) -> None:
     """Write lines to standard output as they are."""
@@ -19,7 +21,9 @@ def run_tool(work: Callable[[argparse.Namespace], int], arguments: argparse.Name
     try:
         return work(arguments)
     except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
+        Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
+            f"error: {without_secrets(str(error))}"
+        )
         return 2
 
 

@@ -4,12 +4,15 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from ldm_scale.core.secrets import without_secrets
 
 Gathered = TypeVar("Gathered")
 
@@ -122,11 +125,23 @@ def logger(name: str) -> logging.Logger:
 
 
 def configure_logging() -> None:
-    """Plain lines on stderr, with time and rank."""
+    """Plain lines on stderr, with time and rank; in them, and in what an uncaught error says, no secrets."""
     prefix = f"[rank {rank()}] " if world() > 1 else ""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
-    )
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(_Discreet(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)
+    sys.excepthook = _say_error
+
+
+class _Discreet(logging.Formatter):
+    """Keeps secrets: messages name URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(without_secrets(super().format(record)))
+
+
+def _say_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 class Preempted(Exception):

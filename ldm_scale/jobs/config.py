@@ -29,6 +29,7 @@ from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
 from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.secrets import without_secrets
 from ldm_scale.data.config import DataConfig
 from ldm_scale.first_stage.identity import IdentityConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -130,7 +131,7 @@ def _refuse(sentence: str) -> None:
     """End the process; with LDM_SCALE_TRACEBACK=1 by the exception itself."""
     if os.environ.get("LDM_SCALE_TRACEBACK") == "1":
         raise
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {without_secrets(sentence)}", file=sys.stderr)
     sys.exit(REFUSED_EXIT_CODE)
 
 

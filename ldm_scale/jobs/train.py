@@ -286,7 +286,7 @@ def _ended(job: TrainJob, run_dir: RunDir, tracker: Tracker, reason: str) -> Non
 
 
 def _failed(run_dir: RunDir, tracker: Tracker, reason: str) -> None:
-    images = _images(run_dir)
+    images, reason = _images(run_dir), without_secrets(reason)
     run_dir.write_status("failed", images=images, reason=reason)
     tracker.event(images, "failed", reason=reason)
 

@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
+from ldm_scale.core.secrets import without_secrets
 from ldm_scale.tracking.alerts import AlertCommand, alert_of
 from ldm_scale.tracking.weights_and_biases import Place, Wandb
 
@@ -109,7 +110,7 @@ class JsonLines:
             Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
-        now = {"time": time.time(), "images_seen": images_seen}
+        now, fields = {"time": time.time(), "images_seen": images_seen}, without_secrets(fields)
         self._events.append({**now, "event": kind, **fields})
         if alert := alert_of(kind, fields):
             told = {"alert": alert.kind, "level": alert.level, "text": alert.text}

@@ -111,7 +111,7 @@ class Rows:
         """Take in what is going to be sent, or was by an earlier process."""
         for name, value in values.items():
             best = panel_of(name).best
-            if best is not None and math.isfinite(value):
+            if best is not None and isinstance(value, (int, float)) and math.isfinite(value):
                 self._best[name] = _BEST[best](value, self._best.get(name, value))
 
     def send(self, run: "wandb.Run", images_seen: int, values: Mapping[str, Any], *, number: int) -> None:
@@ -156,7 +156,7 @@ class Wandb:
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
         """Mark the moment; events.jsonl has the fields. An alert is sent too, where the run is online."""
         self._send(images_seen, {f"events/{kind}": 1})
-        run, alert = self._run, alert_of(kind, fields)
+        run, alert = self._run, alert_of(kind, without_secrets(fields))
         if run is not None and alert is not None:
             self._try(lambda: send_alert(run, self._run_dir, alert))
 

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import webdataset
 from damages import DAMAGES, FOUND, at, flipped
 from PIL import Image
 
-from ldm_scale.core import weights
+from ldm_scale.core import runtime, weights
 from ldm_scale.data.cache import LatentCache, require_match
 from ldm_scale.data.shards import CorruptSample, ShardSet, ShardWriter
 from ldm_scale.data.sources import TooManyBadSamples
@@ -277,6 +279,24 @@ def test_a_remote_source_gives_the_same_cache(images: Path, encode: Encode, tmp_
     far = files(Path(encode(f"data.images='{source}'", f"data.index_dir={tmp_path}/index").folder))
     shutil.rmtree(tmp_path / "latents")
     assert files(Path(encode().folder)) == far
+
+
+def test_passwords_in_urls_are_written_nowhere(
+    images: Path, encode: Encode, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fsspec.filesystem("memory").put(str(images), "/me:hunter2@secret", recursive=True)
+    index = f"data.index_dir={tmp_path}/index"
+    cache = encode("data.images='memory://me:hunter2@secret/{00000..00002}.tar'", index)
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server, pytest.raises(SystemExit):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        config.or_exit(lambda: encode(f"data.images='http://me:hunter2@{host}/none.tar'", index))
+    runtime.logger(__name__).warning("https://me:hunter2@host/a.tar?sig=hunter2 is gone")
+    said = capfd.readouterr()
+    assert f"http://***@{host}/none.tar" in said.err and "https://***@host/a.tar?sig=*** is gone" in said.err
+    assert "hunter2" not in said.out + said.err
+    written = [file for file in (*Path(cache.folder).rglob("*"), *(tmp_path / "index").rglob("*")) if file.is_file()]
+    assert len(written) > 8 and [file for file in written if b"hunter2" in file.read_bytes()] == []
 
 
 def test_moments_that_are_no_numbers_are_rejected(images: Path, encode: Encode, monkeypatch: Any) -> None:

@@ -88,6 +88,8 @@ class Online:
 
     def log(self, *args: Any, **named: Any) -> None: ...
 
+    def define_metric(self, *args: Any, **named: Any) -> None: ...
+
     def alert(self, title: str, text: str, level: str, wait_duration: float) -> None:
         self.sent.append((title, text, level, wait_duration))
 
