@@ -67,6 +67,8 @@ class Conditioner(nn.Module, ABC):
     """Channels C appended to the latent's; 0: none."""
     vector_dim: int = 0
     """Width E of the vector added to the timestep embedding; 0: none."""
+    part: str = "conditioner"
+    """What it is called where the parts of a model are told apart."""
 
     @abstractmethod
     def prepare(self, conditions: Sequence[Any]) -> Tensor:

@@ -63,6 +63,7 @@ class TextConditioner(Conditioner):
     """Captions to context tokens. The empty condition is the empty caption."""
 
     config: TextTransformerConfig
+    part = "text"
 
     def __init__(self, config: TextTransformerConfig) -> None:
         super().__init__()

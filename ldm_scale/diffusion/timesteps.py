@@ -1,6 +1,7 @@
 """Which timestep each training sample is noised to, drawn by its position in the data stream (core/rng.py).
 
-Neither rank nor micro batch has an influence. Knows no noise levels and no loss.
+Neither rank nor micro batch has an influence. Knows no noise levels and no loss. Losses are told apart by ten equal
+ranges of timesteps, in training and in validation alike.
 
 Shape letters: B batch.
 """
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ldm_scale.core import rng
 
+BUCKETS = 10
+"""Ranges of timesteps."""
 _PURPOSE, _JITTER_BITS = "diffusion/timestep", 24
 
 
@@ -36,3 +39,13 @@ def draw_timesteps(draw: TimestepDraw, *, steps: int, seed: int, positions_B: Te
     # In integers: a float near the end of the last range would round up to `steps`.
     place_B = (range_B << _JITTER_BITS) + rng.integers(seed, _PURPOSE, positions_B, 1 << _JITTER_BITS)
     return (place_B * steps // global_batch) >> _JITTER_BITS
+
+
+def bucket_names(stem: str) -> list[str]:
+    """`{stem}_t000` ... `{stem}_t900`: each range by where it begins, in thousandths."""
+    return [f"{stem}_t{bucket * 1000 // BUCKETS:03d}" for bucket in range(BUCKETS)]
+
+
+def bucket_width(steps: int) -> int:
+    """Timesteps in each range; those left over belong to the last."""
+    return steps // BUCKETS

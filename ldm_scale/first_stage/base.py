@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ldm_scale.core import weights
 
+_PARTS = {"quant_conv": "encoder", "post_quant_conv": "decoder", "quantize": "codebook"}
+
 
 class MomentsKind(StrEnum):
     """What the numbers of an encoded image mean."""
@@ -175,6 +177,11 @@ class FirstStage(nn.Module, ABC):
 
         Training calls the module, not encode and decode, so that wrappers such as DDP see one forward.
         """
+
+    def part_of(self, parameter: str) -> str:
+        """The part that a parameter belongs to, by its name: encoder, decoder, or codebook."""
+        name = parameter.partition(".")[0]
+        return _PARTS.get(name, name)
 
     def digest(self) -> str:
         """sha256 of the weights: every tensor of the state dict with its name, dtype and shape, sorted by name."""

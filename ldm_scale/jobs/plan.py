@@ -29,6 +29,7 @@ from rich.text import Text
 from ldm_scale.conditioning.clip_text import ClipTextConfig
 from ldm_scale.data.config import Origin
 from ldm_scale.data.tar import BLOCK
+from ldm_scale.diffusion.timesteps import BUCKETS
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import preflight, speed
 from ldm_scale.jobs.first_stage_cost import Judges
@@ -42,7 +43,6 @@ from ldm_scale.jobs.speed import Machine, Step, Work
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
 from ldm_scale.training.engine import EngineKind
 from ldm_scale.training.throughput import forward_flops
-from ldm_scale.training.validation import BUCKETS
 
 _GPU_CONTEXT = 2_000_000_000  # bytes of CUDA, cuDNN and NCCL, outside of torch's allocator
 _TEXT_BYTES = 256  # of a cached caption with its index and metadata, beside the blocks that it fills

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_scale.conditioning.clip_text import CachedTextConditioner
 from ldm_scale.core import runtime, weights
@@ -60,7 +60,7 @@ _PROGRESSIVE_ROWS, _PROGRESSIVE_COLUMNS = 4, 6  # pictures of how a sample came 
 class Stage(ABC):
     """One training: what is trained, on which batches, how it is scored and shown."""
 
-    module: nn.Module
+    module: FirstStage | LatentDiffusion
     """What the engine trains."""
     source: SampleSource[Any]
     """Where batches come from."""

@@ -27,6 +27,7 @@ from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, passed_over
 from ldm_scale.training.loop import Clock, Due, Outcome, Run, fit
+from ldm_scale.training.movement import Movement
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter, peak_flops
 from ldm_scale.training.watchdog import Watchdog
@@ -228,6 +229,7 @@ def _assemble(
         checkpoints=checkpoints,
         tracker=tracker,
         meter=meter,
+        movement=Movement(engine.masters, stage.module.part_of),
         startup=startup,
         preemption=preemption,
         control=Control(run_dir),

@@ -17,6 +17,8 @@ from ldm_scale.diffusion.schedule import ScheduleConfig, TimestepTable
 from ldm_scale.diffusion.timesteps import TimestepDraw
 from ldm_scale.nn.unet import UNetConfig
 
+_PARTS = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+
 
 @dataclass(kw_only=True, slots=True)
 class DiffusionConfig:
@@ -79,6 +81,14 @@ class LatentDiffusion(nn.Module):
         for weights in self.parameters():
             weights.data = weights.data.to(parameter)
         self.compute_dtype = compute
+
+    def part_of(self, parameter: str) -> str:
+        """The part that a parameter belongs to, by its name: down, mid, up, their cross_attention, the U-Net's ends
+        (first and last layers, embeddings of timestep and vector), and the conditioner by what it is."""
+        owner, _, name = parameter.partition(".")
+        if self.conditioner is not None and owner == "conditioner":
+            return self.conditioner.part
+        return "cross_attention" if ".attn2." in name else _PARTS.get(name.partition(".")[0], "ends")
 
     def conditions(self, inputs: Tensor | None) -> dict[str, Tensor]:
         """What the U-Net is told besides the latent, by `network`'s arguments; empty for an unconditional model.

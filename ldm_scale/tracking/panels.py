@@ -71,15 +71,26 @@ PANELS = (
         "B5", "Perplexity of the codebook, training and held out",
         ("train/codebook_perplexity", "eval/codebook_perplexity*"), "falls", "VQ first stages", "codes",
     ),
-    Panel("B6", "Training loss by timestep", ("train/loss_t???",), "one bucket moves alone", NO_DATA),
-    Panel("B7", "Gradient norm", ("train/grad_norm", "train/*_grad_norm"), "spikes, or creeps up"),
-    Panel("B7", "Updates against weights, by part", ("train/update_*",), "text near 0: it is not training", NO_DATA),
+    Panel("B6", "Training loss by timestep", ("train/loss_t???",), "one bucket moves alone", "diffusion models"),
+    Panel("B7", "Gradient norm, whole and by part", ("train/grad_norm", "train/*_grad_norm"), "spikes, or creeps up"),
+    Panel(
+        "B7", "Clipped gradients", ("train/clipped",), "always 1, or rising", "`engine.grad_clip` above 0",
+        "share of steps",
+    ),
+    Panel(
+        "B7", "Updates by part", ("train/update_*",), "text near 0: it is not training",
+        unit="share of the weights' norm",
+    ),
     Panel("B8", "Learning rate", ("train/lr",), "differs from the configuration"),
+    Panel("B8", "Global batch", ("train/global_batch",), "differs from the configuration", unit="images"),
     Panel(
         "B8", "Realised caption dropout", ("train/caption_dropout",), "differs from the configuration",
         "models told something", "share of samples",
     ),
-    Panel("B9", "Distance of the averages", ("train/ema_distance*",), "flat zero: the average is dead", NO_DATA),
+    Panel(
+        "B9", "Distance of the averages, by half-life in images", ("train/ema_distance*",),
+        "flat zero: the average is dead", unit="share of the weights' norm",
+    ),
     Panel("B10", "Skipped, non-finite, spikes", (), "any", "events `trouble` and `rollback`, with keys"),
     Panel(
         "C11", "Validation loss, averaged and raw weights",

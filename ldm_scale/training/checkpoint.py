@@ -35,7 +35,7 @@ from ldm_scale.training.checkpoint_files import (
 )
 from ldm_scale.training.checkpoint_writer import LOOK_S, Save, Snapshot
 from ldm_scale.training.ema import EMA
-from ldm_scale.training.masters import MOMENTS, Masters, Piece
+from ldm_scale.training.masters import MOMENTS, Masters, share
 
 log = runtime.logger(__name__)
 
@@ -360,21 +360,6 @@ def _grace_lacking(save_s: float) -> str:
         f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace:g}: the last save took {save_s:.0f} s, and a training that is told to "
         f"stop may have two to finish: launch with {wanted} seconds or more, or by launchers/*.sh, which give 120"
     )
-
-
-def share(masters: Masters, rank: int, world: int) -> list[Piece]:
-    """The pieces that `rank` writes: its own, or where all ranks hold all, its stretch of them laid end to end."""
-    if not masters.replicated:
-        return masters.pieces
-    total = sum(piece.numel for piece in masters.pieces)
-    first, last = total * rank // world, total * (rank + 1) // world
-    mine, begin = [], 0
-    for p in masters.pieces:
-        low, high = max(first - begin, 0), min(last - begin, p.numel)
-        if low < high:
-            mine.append(Piece(p.name, p.shape, p.start + low, high - low, p.master, p.offset + low))
-        begin += p.numel
-    return mine
 
 
 def _kinds_of(masters: Masters, prefix: str = "") -> dict[str, list[Tensor]]:

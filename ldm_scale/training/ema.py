@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ldm_scale.training.masters import Masters
+from ldm_scale.core import runtime
+from ldm_scale.training.masters import Masters, Ratio, chunks, share, square_sum
 
 RAMP = 0.05
 
@@ -67,21 +67,19 @@ class EMA:
         """Whole averaged tensors by parameter name, float32 on the CPU, on rank 0; None elsewhere. Collective."""
         return self._masters.consolidated(self.shadows[half_life])
 
-    @torch.no_grad()
-    def distances(self) -> dict[int, Tensor]:
-        """|average - weights| / |weights| over the whole model by half-life, () on the device. Collective.
+    def distances(self) -> dict[int, Ratio]:
+        """The square of |average - weights| / |weights| over the whole model by half-life: this rank's part of it.
 
         Zero for long means that an average is dead.
         """
-        current = self._pieces(self._masters.tensors)
-        squares = [_square_sum(current)]
-        for shadow in self.shadows.values():
-            squares.append(_square_sum(list(torch._foreach_sub(self._pieces(shadow), current))))
-        sums = torch.stack(squares)
-        if not self._masters.replicated and dist.is_initialized():
-            dist.all_reduce(sums)
-        ratios = (sums[1:] / sums[0]).sqrt()
-        return dict(zip(self.shadows, ratios, strict=True))
+        zero = torch.zeros((), device=self._masters.tensors[0].device)
+        whole, apart = zero, dict.fromkeys(self.shadows, zero)
+        mine = share(self._masters, runtime.rank(), runtime.world())
+        for weights, *averages in chunks(mine, self._masters.tensors, *self.shadows.values()):
+            whole = whole + square_sum(weights)
+            for half_life, average in zip(apart, averages, strict=True):
+                apart[half_life] = apart[half_life] + square_sum(average.sub_(weights))
+        return {half_life: (square, whole) for half_life, square in apart.items()}
 
     def put(self, half_life: int | None) -> AbstractContextManager[None]:
         """As `swapped`; None leaves the model its own weights."""
@@ -89,10 +87,6 @@ class EMA:
 
     def _current(self) -> list[Tensor]:
         return [master.detach() for master in self._masters.tensors]
-
-    def _pieces(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Parameters only: the padding of a partition may hold anything."""
-        return [self._masters.read(tensors, piece) for piece in self._masters.pieces]
 
 
 def half_life_of(weights: str, half_lives: Sequence[int]) -> int | None:
@@ -112,8 +106,3 @@ def half_life_of(weights: str, half_lives: Sequence[int]) -> int | None:
 def decay(half_life: int, images: int, images_seen: int) -> float:
     """Weight of the old average in one update of `images` images, ramp included."""
     return float(0.5 ** (images / min(half_life, RAMP * images_seen)))
-
-
-def _square_sum(tensors: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(tensors)
-    return torch.stack(norms).square().sum() if norms else torch.zeros(())

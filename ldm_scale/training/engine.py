@@ -44,7 +44,7 @@ from ldm_scale.nn.compilation import compile_blocks
 from ldm_scale.training.batch_fit import BatchFit as BatchFit
 from ldm_scale.training.batch_fit import FittedBatch, fit_batch
 from ldm_scale.training.learner import Learner
-from ldm_scale.training.masters import Masters, zero_masters
+from ldm_scale.training.masters import Masters, Ratio, zero_masters
 from ldm_scale.training.optimizer import OptimizerConfig
 
 log = runtime.logger(__name__)
@@ -198,7 +198,7 @@ class Engine(ABC):
         self.compute_dtype = self.dtypes.compute
         self.global_batch, self.micro_batch = fitted.global_batch, fitted.micro_batch
         self.accumulation = fitted.accumulation
-        self._grad_clip, self._compile = config.grad_clip, config.compile
+        self.grad_clip, self._compile = config.grad_clip, config.compile
         self._accelerator = self._start(device)
         self.device = self._accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world()
@@ -291,10 +291,17 @@ class Engine(ABC):
             dist.all_reduce(values)
         return values / self.world
 
-    def mean_over_ranks(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means of device scalars over all ranks: one collective and the only wait for the device."""
-        stacked = torch.stack([value.detach().float().to(self.device) for value in values.values()])
-        return dict(zip(values, self.mean(stacked).tolist(), strict=True))
+    def mean_over_ranks(self, values: Mapping[str, Tensor], ratios: Mapping[str, Ratio] = {}) -> dict[str, float]:
+        """Means of device scalars over all ranks, and ratios: one collective and the only wait for the device.
+
+        A ratio whose denominators are all 0 is left out.
+        """
+        scalars = [*values.values(), *(part for ratio in ratios.values() for part in ratio)]
+        stacked = torch.stack([scalar.detach().float().to(self.device) for scalar in scalars])
+        means = self.mean(stacked).tolist()
+        parts = iter(means[len(values) :])
+        found = {name: above / below for name, above, below in zip(ratios, parts, parts, strict=True) if below}
+        return dict(zip(values, means, strict=False)) | found
 
     def close(self) -> None:
         """Let go of this engine; the process may start another of any kind. The process group stays."""
@@ -381,7 +388,7 @@ class PlainEngine(Engine):
         together = norms.sum()  # not finite where one of them is not: then nothing moves
         norms = torch.where(together.isfinite(), norms, together)
         for learner, norm in zip(learners, norms.unbind(), strict=True):
-            learner.step(learning_rate, norm, self._grad_clip)
+            learner.step(learning_rate, norm, self.grad_clip)
         self.companion_norms = dict(zip(beside, norms[1:].unbind(), strict=True))
         return norms[0]
 
@@ -413,7 +420,7 @@ class ZeroEngine(Engine):
             "train_batch_size": self.global_batch,
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": self._grad_clip,
+            "gradient_clipping": self.grad_clip,
             "bf16": {"enabled": self.precision is Precision.bf16},
             "fp16": {"enabled": False},
             "data_types": {"grad_accum_dtype": "fp32"},

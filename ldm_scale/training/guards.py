@@ -177,6 +177,7 @@ class Guard:
         self._numbers = _Numbers(engine, late if late is not None else LATE if on_gpu else 0)
         self._usual = {"loss": Usual(), "gradient norm": Usual()}
         self._in_a_row, self._last_trouble, self._beyond = 0, -1, False
+        self._clipped, self._steps = 0, 0
         self._outputs: deque[Tensor] = deque(maxlen=1)
         self._micro_batches: list[tuple[list[str], Tensor]] = []
         self._samples: dict[int, list[tuple[list[str], Tensor]]] = {}
@@ -231,6 +232,12 @@ class Guard:
                 f"{trouble}; {self._in_a_row} in a row, guard.max_in_a_row={self.config.max_in_a_row}. {_ADVICE}"
             )
 
+    def clipped(self) -> dict[str, float]:
+        """`train/clipped`: of the steps heard of since this was last called, the share whose gradients were clipped."""
+        share = self._clipped / max(self._steps, 1)
+        self._clipped, self._steps = 0, 0
+        return {"train/clipped": share} if self._engine.grad_clip > 0 else {}
+
     def saved(self) -> None:
         """A checkpoint was written: whatever comes, this much is kept."""
         if self._beyond:
@@ -243,11 +250,13 @@ class Guard:
         """
         self._numbers.forget()
         self._samples = {}
-        self._usual = {name: Usual(**state["guard"][name]) if "guard" in state else Usual() for name in self._usual}
+        known = state.get("guard", {})
+        self._usual = {name: Usual(**known[name]) if name in known else Usual() for name in self._usual}
+        self._clipped, self._steps = known.get("clipped", (0, 0))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must carry as `guard`, so that a resume finds the same spikes."""
-        return {name: asdict(usual) for name, usual in self._usual.items()}
+        return {**{name: asdict(usual) for name, usual in self._usual.items()}, "clipped": [self._clipped, self._steps]}
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """A forward hook; evaluation is none of its business."""
@@ -265,6 +274,8 @@ class Guard:
             return Trouble(start=numbers.start, loss=numbers.loss, grad_norm=numbers.grad_norm, why=why, samples=named)
         for name, value in values.items():
             self._usual[name].take(value, self._engine.global_batch, self.config.spike_half_life)
+        self._clipped += numbers.grad_norm > self._engine.grad_clip
+        self._steps += 1
         self._beyond = numbers.start > self._last_trouble
         if self.config.policy is Policy.skip:
             self._in_a_row = 0

@@ -3,6 +3,7 @@
 Progress is counted in images seen; intervals, learning rate, EMA and random streams are functions of it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -19,6 +20,7 @@ from ldm_scale.training.control import NOTHING, Control, Wish
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, Policy, TrainingDiverged, Trouble
+from ldm_scale.training.movement import Movement
 from ldm_scale.training.steps import Metrics, Step
 from ldm_scale.training.telemetry import Startup
 from ldm_scale.training.throughput import Meter
@@ -66,6 +68,7 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     meter: Meter
+    movement: Movement
     startup: Startup
     preemption: runtime.Preemption
     control: Control
@@ -98,8 +101,12 @@ def fit(run: Run) -> Outcome:
         micro_batches = run.loader.batches(run.images_seen)
         while not stop and run.images_seen < run.total_images:
             rate = run.learning_rate(run.images_seen)
+            before, after = run.images_seen, run.images_seen + run.global_batch
+            last = after >= run.total_images
+            logs = run.log_clock.fires(before, after) or last
+            run.movement.watch(logs)
             metrics = _global_batch(run, micro_batches, rate)
-            before, run.images_seen = run.images_seen, run.images_seen + run.global_batch
+            run.images_seen = after
             run.ema.update(run.global_batch, run.images_seen)
             run.meter.mark("ema")
             run.meter.step(run.global_batch)
@@ -107,12 +114,10 @@ def fit(run: Run) -> Outcome:
             run.watchdog.beat()
             if not run.startup.is_over:
                 _started(run)
-            last = run.images_seen >= run.total_images
             run.due = Due(
                 evaluate=run.evaluate_clock.fires(before, run.images_seen, end=last),
                 show=run.sample_clock.fires(before, run.images_seen, end=last),
             )
-            logs = run.log_clock.fires(before, run.images_seen) or last
             saves = run.save_clock.fires(before, run.images_seen) or last
             waits = logs or saves or run.due.evaluate or run.due.show
             asked = run.control.wishes() if waits else NOTHING
@@ -197,12 +202,16 @@ def _roll_back(run: Run, trouble: Trouble) -> None:
 def _log(run: Run, metrics: Metrics, rate: float) -> str:
     """Send this step's numbers to the tracker: the only wait for the device. Returns a note for the progress bar."""
     shares = {name: torch.tensor(share) for name, share in run.source.shares().items()}
-    values = run.engine.mean_over_ranks({**metrics, **shares})
-    values |= run.source.counts(run.images_seen)
+    squares = run.movement.numbers(metrics["train/grad_norm"])
+    squares |= {f"train/ema_distance_{half_life}": ratio for half_life, ratio in run.ema.distances().items()}
+    values = run.engine.mean_over_ranks({**metrics, **shares}, {**squares, **run.step.since_last_line()})
+    values |= {name: math.sqrt(values[name]) for name in squares if name in values}
+    values |= run.guard.clipped() | run.source.counts(run.images_seen)
     speed = run.meter.read()
     if run.meter.straggler is not None:
         run.tracker.event(run.images_seen, "straggler", **asdict(run.meter.straggler))
-    run.tracker.log(run.images_seen, {**values, "train/lr": rate, "train/images_seen": float(run.images_seen), **speed})
+    values |= {"train/lr": rate, "train/global_batch": float(run.global_batch)}
+    run.tracker.log(run.images_seen, {**values, "train/images_seen": float(run.images_seen), **speed})
     return f"loss {values['train/loss']:.4f}, {speed['perf/images_per_s']:,.0f} images/s"
 
 

@@ -25,7 +25,7 @@ A version that lacks one of them is refused with its name.
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,13 @@ from torch import Tensor, nn
 
 _TESTED_DEEPSPEED = "0.19.8"
 _GATHERED_ELEMENTS = 2**26  # elements in flight on rank 0 while weights are consolidated: 256 MiB of float32
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # that `chunks` copies of a list: what a cache holds, or 64 MiB
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Aligned = Sequence[Tensor] | Mapping[int, Tensor]
+"""One tensor for each master, or for each that matters, by its place among them."""
+Ratio = tuple[Tensor, Tensor]
+"""Two device scalars, each of which is summed over all ranks before the first is divided by the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,8 @@ class Masters:
         """Every trained parameter of the whole model, in the module's order."""
         self.replicated = replicated
         """True where every rank holds the same, whole parameters."""
-        self._adam = adam
+        self.adam = adam
+        """What steps `tensors`."""
         self._push = push
 
     def moments(self, key: str) -> list[Tensor]:
@@ -95,7 +102,7 @@ class Masters:
             self._state(master)["step"].fill_(value)
 
     def _state(self, master: Tensor) -> dict[str, Tensor]:
-        state = self._adam.state[master]
+        state = self.adam.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             for key in MOMENTS:
@@ -162,6 +169,68 @@ class Masters:
             for piece in pieces:
                 full[piece.name][piece.start : piece.start + piece.numel] = self.read(tensors, piece)
         return {name: full[name].view(shape) for name, shape in self.shapes.items()}
+
+
+def share(masters: Masters, rank: int, world: int) -> list[Piece]:
+    """The pieces that `rank` answers for: its own, or where all ranks hold all, its stretch of them laid end to end."""
+    if not masters.replicated:
+        return masters.pieces
+    total = sum(piece.numel for piece in masters.pieces)
+    first, last = total * rank // world, total * (rank + 1) // world
+    mine, begin = [], 0
+    for p in masters.pieces:
+        low, high = max(first - begin, 0), min(last - begin, p.numel)
+        if low < high:
+            mine.append(Piece(p.name, p.shape, p.start + low, high - low, p.master, p.offset + low))
+        begin += p.numel
+    return mine
+
+
+@torch.no_grad()
+def chunks(pieces: Sequence[Piece], *lists: Aligned) -> Iterator[tuple[Tensor, ...]]:
+    """Copies of what pieces hold of lists aligned with the masters, some of it at a time: for sums.
+
+    Elements come in the order in which a whole master lies in memory, so that nothing is copied twice; the same in all
+    lists, and each once over all ranks' shares.
+    """
+    limit = _CHUNK_ELEMENTS[lists[0][pieces[0].master].device.type] if pieces else 0
+    held, room = list[Piece](), limit
+    for piece in _short(pieces, limit):
+        if piece.numel > room:
+            yield _copied(held, lists)
+            held, room = [], limit
+        held.append(piece)
+        room -= piece.numel
+    if held:
+        yield _copied(held, lists)
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """The sum of squares, () on the device."""
+    return torch.linalg.vector_norm(values).square()
+
+
+def _short(pieces: Sequence[Piece], limit: int) -> Iterator[Piece]:
+    """The same pieces, long ones cut."""
+    for p in pieces:
+        if p.numel <= limit:
+            yield p
+            continue
+        for begin in range(0, p.numel, limit):
+            numel = min(limit, p.numel - begin)
+            yield Piece(p.name, p.shape, p.start + begin, numel, p.master, p.offset + begin)
+
+
+def _copied(pieces: Sequence[Piece], lists: Sequence[Aligned]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat([_laid_out(tensors[piece.master], piece) for piece in pieces]) for tensors in lists)
+
+
+def _laid_out(tensor: Tensor, piece: Piece) -> Tensor:
+    """Elements of a master in the order in which they lie in memory; a view of a dense tensor."""
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    flat = tensor.reshape(-1)
+    return flat if piece.numel == flat.numel() else flat[piece.offset : piece.offset + piece.numel]
 
 
 def plain_masters(module: nn.Module, adam: torch.optim.AdamW, prefix: str = "") -> Masters:

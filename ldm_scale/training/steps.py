@@ -3,7 +3,7 @@
 Every random number is drawn per position of the data stream (core/rng.py), so engines, world sizes and micro batches
 give the same losses.
 
-Shape letters: B batch, C channels, H W height and width.
+Shape letters: B batch, C channels, H W height and width, K ranges of timesteps.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ldm_scale.conditioning.base import Conditioner
 from ldm_scale.core import rng
+from ldm_scale.core.shares import add_up
 from ldm_scale.data.sources import ImageBatch, LatentBatch
-from ldm_scale.diffusion.timesteps import draw_timesteps
+from ldm_scale.diffusion.timesteps import BUCKETS, bucket_names, bucket_width, draw_timesteps
 from ldm_scale.first_stage.base import FirstStage, Moments, MomentsKind
 from ldm_scale.first_stage.loss import ReconstructionLoss
 from ldm_scale.latent_diffusion.model import DiffusionConfig
 from ldm_scale.training.adversary import Adversary
 from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.engine import Engine
+from ldm_scale.training.masters import Ratio
 
 Batch = TypeVar("Batch", contravariant=True)
 Metrics = Mapping[str, Tensor]
@@ -36,6 +38,10 @@ class Step(Protocol[Batch]):
         images_seen  before this global batch
         returns  means over the micro batches of this rank so far in this global batch, as device scalars
         """
+        ...
+
+    def since_last_line(self) -> dict[str, Ratio]:
+        """Means over all that was trained on since this was last called: sums and counts of this rank, by name."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -84,7 +90,7 @@ class DiffusionStep:
     ) -> None:
         self._engine, self._conditioner, self._seed = engine, conditioner, seed
         self._moments, self._latent_scale, self._diffusion = moments, latent_scale, diffusion
-        self._mean = _Mean(engine)
+        self._mean, self._by_timestep = _Mean(engine), LossByTimestep(diffusion.schedule.steps, engine.device)
 
     def __call__(self, batch: Any, learning_rate: float, images_seen: int) -> Metrics:
         positions_B = batch.positions.to(self._engine.device, non_blocking=True)
@@ -99,17 +105,25 @@ class DiffusionStep:
         )
         inputs, told = self._inputs(batch, positions_B)
         with self._engine.accumulate():
-            loss = self._engine.model(z_0_BCHW, noise_BCHW, t_B, inputs).mean()
+            loss_B = self._engine.model(z_0_BCHW, noise_BCHW, t_B, inputs)
+            loss = loss_B.mean()
             self._engine.backward(loss)
             grad_norm = self._engine.step(learning_rate)
+        self._by_timestep.add(t_B, loss_B.detach())
         return {**self._mean({"train/loss": loss, **told}), "train/grad_norm": grad_norm}
 
+    def since_last_line(self) -> dict[str, Ratio]:
+        """`train/loss_t000` ... `train/loss_t900`, as `val/loss_t*`."""
+        return dict(zip(bucket_names("train/loss"), self._by_timestep.take(), strict=True))
+
     def state(self) -> dict[str, Any]:
-        """Nothing: every draw is a function of the position."""
-        return {}
+        """The losses of the line to come; every draw is a function of the position."""
+        return {"losses_by_timestep": self._by_timestep.over_ranks()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to go on from."""
+        """Checkpoints from before there were such losses begin the line anew."""
+        begun = state["step"].get("losses_by_timestep") if self._engine.rank == 0 else None
+        self._by_timestep.begin(begun)
 
     def _latents(self, batch: Any, positions_B: Tensor) -> Tensor:
         """A draw from each posterior, scaled to unit variance, (B, C, H, W) float32."""
@@ -175,6 +189,9 @@ class AutoencoderStep:
         found = {} if self._codebook is None else self._codebook.take(rebuilt)
         return {**self._mean(means), **norms, "train/grad_norm": grad_norm, **found}
 
+    def since_last_line(self) -> dict[str, Ratio]:
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {} if self._codebook is None else self._codebook.state()
 
@@ -198,3 +215,36 @@ class _Mean:
         if self._engine.at_boundary:
             self._sums, self._count = {}, 0
         return means
+
+
+class LossByTimestep:
+    """Sums of losses by range of timesteps, and how many there were; those that are no numbers are in neither."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._width, self._bucket_K = bucket_width(steps), torch.arange(BUCKETS, device=device)
+        self.begin(None)
+
+    def begin(self, sums_2K: list[list[float]] | None) -> None:
+        """Go on from these; None begins with nothing."""
+        device, dtype = self._bucket_K.device, torch.float64
+        self._sums_2K = torch.zeros(2, BUCKETS, device=device, dtype=dtype)
+        if sums_2K is not None:
+            self._sums_2K += torch.tensor(sums_2K, device=device, dtype=dtype)
+
+    def add(self, t_B: Tensor, loss_B: Tensor) -> None:
+        bucket_B = (t_B // self._width).clamp(max=BUCKETS - 1)
+        here_KB = (bucket_B == self._bucket_K[:, None]) & loss_B.isfinite()
+        self._sums_2K += torch.stack((torch.where(here_KB, loss_B, 0).sum(1), here_KB.sum(1)))
+
+    def take(self) -> list[Ratio]:
+        """One sum and count for each range; they begin again."""
+        taken_2K = self._sums_2K
+        self.begin(None)
+        return list(zip(*taken_2K.unbind(), strict=True))
+
+    def over_ranks(self) -> list[list[float]]:
+        """Sums and counts of all ranks. Collective; waits for the device."""
+        total_2K = self._sums_2K.clone()
+        add_up(total_2K)
+        sums: list[list[float]] = total_2K.tolist()
+        return sums

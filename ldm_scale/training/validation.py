@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ldm_scale.core import rng
 from ldm_scale.core.shares import add_up, ranges, shared
+from ldm_scale.diffusion.timesteps import BUCKETS, bucket_names, bucket_width
 from ldm_scale.latent_diffusion.model import LatentDiffusion
-
-BUCKETS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class HeldOut:
     def loss(
         self, model: LatentDiffusion, between: Callable[[], None] = lambda: None, suffix: str = ""
     ) -> dict[str, float]:
-        """`val/loss`, and `val/loss_t000` ... `val/loss_t900`, named by where the range begins, in thousandths.
+        """`val/loss`, and `val/loss_t000` ... `val/loss_t900`.
 
         Of a model that is told something, and only without a suffix, also `val/caption_gap`: by how much the loss is
         greater where each image has the next one's condition. All ranks share the work. Collective.
@@ -46,8 +45,7 @@ class HeldOut:
         """
         losses = self._losses(model, self.inputs, between)
         stem = f"val/loss{suffix}"
-        named = {f"{stem}_t{bucket * 1000 // BUCKETS:03d}": loss for bucket, loss in enumerate(losses)}
-        found = {stem: sum(losses) / BUCKETS, **named}
+        found = {stem: sum(losses) / BUCKETS, **dict(zip(bucket_names(stem), losses, strict=True))}
         if self.inputs is not None and not suffix:
             shuffled = self._losses(model, self.inputs.roll(1, dims=0), between)
             found["val/caption_gap"] = sum(shuffled) / BUCKETS - found[stem]
@@ -71,7 +69,7 @@ class HeldOut:
         z_0_BCHW = self.z_0_NCHW[part.start : part.stop]
         index_B = torch.arange(part.start, part.stop, device=z_0_BCHW.device)
         noise_BCHW = rng.normal(self.seed, f"validation/noise {bucket}", index_B, tuple(z_0_BCHW.shape[1:]))
-        width = model.schedule.steps // BUCKETS
+        width = bucket_width(model.schedule.steps)
         t_B = bucket * width + rng.integers(self.seed, f"validation/timestep {bucket}", index_B, width)
         told = None if inputs is None else inputs[part.start : part.stop].to(z_0_BCHW.device)
         return float(model(z_0_BCHW, noise_BCHW, t_B, told).sum())

@@ -195,3 +195,10 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images, noise = torch.rand(2, 3, 16, 16), torch.zeros(2, 3, 4, 4)
     torch.testing.assert_close(compiled(images, noise).images, model(images, noise).images, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_belongs_to_a_part():
+    model = toy()
+    parts = {name: model.part_of(name) for name, _ in model.named_parameters()}
+    assert set(parts.values()) == {"encoder", "decoder", "codebook"}
+    assert (parts["quant_conv.bias"], parts["post_quant_conv.bias"]) == ("encoder", "decoder")

@@ -9,6 +9,7 @@ from ldm_scale.conditioning.base import ConditionerConfig
 from ldm_scale.conditioning.class_label import ClassLabelConfig, Gives
 from ldm_scale.conditioning.layout import Layout, LayoutConfig, LayoutObject
 from ldm_scale.conditioning.spatial import ConcatConfig, LabelMapConfig
+from ldm_scale.conditioning.text import TextTransformerConfig
 from ldm_scale.diffusion.objective import ObjectiveConfig
 from ldm_scale.diffusion.schedule import ScheduleConfig
 from ldm_scale.first_stage.kl import AutoencoderKLConfig
@@ -126,3 +127,25 @@ def test_a_model_without_a_null_class_draws_without_guidance_only():
     assert images(model, [0, 3], guidance=1.0).shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="null_class"):
         images(model, [0, 3], guidance=2.0)
+
+
+def parts_of(model: LatentDiffusion) -> dict[str, int]:
+    """How many numbers each part has."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = model.part_of(name)
+        found[part] = found.get(part, 0) + parameter.numel()
+    return found
+
+
+def test_every_parameter_belongs_to_a_part():
+    text = TextTransformerConfig(vocab_size=8, max_length=4, width=16, layers=1, heads=2, head_dim=8)
+    model = build(text, context_dim=16)
+    found = parts_of(model)
+    assert set(found) == {"down", "mid", "up", "cross_attention", "ends", "text"}
+    attentions = [module for name, module in model.named_modules() if name.endswith(".attn2")]
+    assert found["cross_attention"] == sum(p.numel() for module in attentions for p in module.parameters()) > 0
+    assert found["text"] == sum(p.numel() for p in model.conditioner.parameters())
+    assert set(parts_of(build(None))) == {"down", "mid", "up", "ends"}
+    labelled = build(ClassLabelConfig(classes=4, width=8, give=Gives.vector), vector_dim=8)
+    assert set(parts_of(labelled)) == {"down", "mid", "up", "ends", "conditioner"}

@@ -28,6 +28,8 @@ from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.guards import GarbageCollection, Guard, GuardConfig, Policy, TrainingDiverged, passed_over
 from ldm_scale.training.loop import Clock, Due, Run, fit
+from ldm_scale.training.masters import Ratio
+from ldm_scale.training.movement import Movement
 from ldm_scale.training.steps import Metrics
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter
@@ -97,6 +99,9 @@ class Step:
         mean = torch.stack(self.losses[-self.engine.accumulation :]).mean()
         return {"train/loss": mean, "train/grad_norm": norm}
 
+    def since_last_line(self) -> dict[str, Ratio]:
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -124,7 +129,7 @@ def training(
     run = Run(
         engine=engine, step=step, source=source, learning_rate=lambda _: 1e-3, ema=ema, checkpoints=checkpoints,
         loader=Loader(source, global_batch=8, micro_batch=2, rank=engine.rank, world=engine.world),
-        tracker=tracker, meter=meter, startup=Startup(),
+        tracker=tracker, meter=meter, movement=Movement(engine.masters, tiny.part_of), startup=Startup(),
         preemption=runtime.Preemption(), control=Control(run_dir), guard=guard, garbage=GarbageCollection(3),
         watchdog=Watchdog(path / "stacks", minutes=1, phase_minutes=1, on_end=lambda reason: None),
         rewind=lambda to: tracker.start({}, resume_at=to), evaluate=list,

@@ -20,10 +20,11 @@ KINDS = ("ddp", "zero1", "zero2", "zero3")
 
 
 def curve(kind: str, out: Path) -> dict[str, Any]:
-    """The whole curve; then the averages swapped in and out; then a checkpoint."""
+    """The whole curve, its last step watched; then the averages swapped in and out; then a checkpoint."""
     engine = tiny.engine_of(kind)
     training = tiny.Training(engine, out / kind)
-    losses = training.run(STEPS)
+    losses = training.run(STEPS - 1)
+    last, told, direct = training.watched_step()
     before = training.everything()
     probe = tiny.samples(torch.arange(4))
 
@@ -40,18 +41,19 @@ def curve(kind: str, out: Path) -> dict[str, Any]:
     if before is not None and after is not None:
         swap["exact"] = all(torch.equal(before[name], after[name]) for name in before)
         safetensors.torch.save_file(before, out / f"{kind}.safetensors")
-    distances = {str(half_life): float(d) for half_life, d in training.ema.distances().items()}
-    found = {"losses": losses, "norms": training.norms, "swap": swap, "distances": distances, "world": engine.world}
+    found = {"losses": [*losses, last], "norms": training.norms, "swap": swap, "world": engine.world}
+    found |= {"told": told, "direct": direct}
     engine.close()
     return found
 
 
 def rounded(kind: str, out: Path) -> dict[str, Any]:
-    """The curve in bfloat16."""
+    """The curve in bfloat16, its last step watched."""
     training = tiny.Training(tiny.engine_of(kind, precision="bf16"), out / "unused")
-    losses = training.run(STEPS)
+    losses = training.run(STEPS - 1)
+    last, told, direct = training.watched_step()
     training.engine.close()
-    return {"losses": losses}
+    return {"losses": [*losses, last], "told": told, "direct": direct}
 
 
 def resumed(kind: str, out: Path) -> dict[str, Any]:

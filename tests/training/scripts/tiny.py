@@ -1,5 +1,6 @@
 """What the engine tests train, in their own process and in launched ones: a tiny model on a fixed stream of samples."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from ldm_scale.core import rng
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine, EngineConfig, EngineKind, Precision
+from ldm_scale.training.movement import Movement
 from ldm_scale.training.optimizer import Decay, OptimizerConfig
 
 GLOBAL_BATCH = 8
@@ -42,6 +44,11 @@ def tiny(width: int = 8) -> Tiny:
     return Tiny(width)
 
 
+def part_of(parameter: str) -> str:
+    """Three parts, of which one is smaller than any rank's share."""
+    return {"gain": "gain", "second": "head"}.get(parameter.partition(".")[0], "body")
+
+
 def samples(positions: Tensor) -> tuple[Tensor, Tensor]:
     return rng.normal(0, "x", positions, (3, 4, 4)), rng.normal(0, "y", positions, (7,))
 
@@ -68,7 +75,7 @@ class Training:
 
     def __init__(self, engine: Engine, directory: Path) -> None:
         self.engine, self.images_seen = engine, 0
-        self.ema = EMA(engine.masters, HALF_LIVES)
+        self.ema, self.movement = EMA(engine.masters, HALF_LIVES), Movement(engine.masters, part_of)
         self.checkpoints = Checkpoints(directory, masters=engine.masters, ema=self.ema, module=engine.module)
         self.optimizer = OptimizerConfig(learning_rate=3e-3, warmup_images=32)
         self.norms: list[float] = []
@@ -93,6 +100,25 @@ class Training:
         self.norms.append(float(norm))
         return engine.mean_over_ranks({"loss": torch.stack(losses).mean()})["loss"]
 
+    def watched_step(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """The loss of a step, what is told of the weights and averages, and on rank 0 the same from whole weights."""
+        before = self.weights()
+        self.movement.watch(True)
+        loss = self._step()
+        self.movement.watch(False)
+        squares = self.movement.numbers(torch.tensor(self.norms[-1]))
+        squares |= {f"train/ema_distance_{half_life}": ratio for half_life, ratio in self.ema.distances().items()}
+        told = {name: math.sqrt(square) for name, square in self.engine.mean_over_ranks({}, squares).items()}
+        after = self.weights()
+        averages = {half_life: self.ema.consolidated(half_life) for half_life in HALF_LIVES}
+        if before is None or after is None:
+            return loss, told, {}
+        direct = {f"train/ema_distance_{half_life}": _apart(whole, after) for half_life, whole in averages.items()}
+        for part in {part_of(name) for name in after}:
+            own = {name: weight for name, weight in after.items() if part_of(name) == part}
+            direct[f"train/update_{part}"] = _apart(before, own)
+        return loss, told, direct
+
     def save(self) -> Path:
         path = self.checkpoints.save({"images_seen": self.images_seen, "wandb_id": "abc"})
         self.checkpoints.drain()
@@ -113,3 +139,9 @@ class Training:
         return {
             f"{kind}:{n}": t for kind, named in whole.items() if named is not None for n, t in named.items()
         } or None
+
+
+def _apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """|one - other| / |other| over all names of the other."""
+    away = sum(float((one[name].double() - weight.double()).square().sum()) for name, weight in other.items())
+    return math.sqrt(away / sum(float(weight.double().square().sum()) for weight in other.values()))
