@@ -87,6 +87,11 @@ class RunDir:
         return self.path / "repro.json"
 
     @property
+    def plan(self) -> Path:
+        """What `make plan` foretold of this run, where it was told to keep it (`--keep`)."""
+        return self.path / "plan.json"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 

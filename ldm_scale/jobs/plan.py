@@ -4,7 +4,7 @@
 
 Takes the overrides of train.py. Speeds rest on the model in jobs/speed.py, whose rates are assumed ones, or those that
 launchers/burn_in measured (`--rates`), or given by hand; memory on jobs/footprint.py; the checks are those of
-jobs/preflight.py.
+jobs/preflight.py. Kept with the run (`--keep`), the dashboard holds the run against it.
 
 exits  0 the job could start, 1 it would fail, 2 it is no job
 """
@@ -27,6 +27,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ldm_scale.conditioning.clip_text import ClipTextConfig
+from ldm_scale.core import storage
+from ldm_scale.core.run_dir import RunDir
 from ldm_scale.data.config import Origin
 from ldm_scale.data.tar import BLOCK
 from ldm_scale.diffusion.timesteps import BUCKETS
@@ -362,9 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory-gb", type=float, help="of a GPU, 1e9 bytes")
     parser.add_argument("--price", type=float, help="of one GPU for an hour, in any money")
     parser.add_argument("--images", type=int, help="in the data set, where it is not there yet")
+    parser.add_argument("--keep", action="store_true", help="write it into the run directory too, for the dashboard")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     arguments = parser.parse_intermixed_args(argv)
     named = any(text.startswith("name=") for text in arguments.overrides)
+    if arguments.keep and not named:
+        parser.error("--keep writes into a run directory: say which run it is, name=NAME")
     overrides = [*([] if named or "scale=toy" in arguments.overrides else ["name=plan"]), *arguments.overrides]
     found: list[Plan] = []
     jobs_config.or_exit(lambda: found.append(_plan(arguments, overrides)))
@@ -393,7 +398,10 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     by_hand: dict[str, Any] = {key: value for key, value in given.items() if value}
     if by_hand:
         machine = replace(machine, **by_hand, source=f"{', '.join(by_hand)} by hand; others {machine.source}")
-    return plan(job, machine, world=arguments.gpus, images=arguments.images, price=arguments.price)
+    found = plan(job, machine, world=arguments.gpus, images=arguments.images, price=arguments.price)
+    if arguments.keep:
+        storage.write_json(RunDir(Path(job.run_dir)).plan, _plain(found))
+    return found
 
 
 def _plain(found: Plan) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 A run's last sign of life is the newest time in its status, metrics and events. One that says `running` and gave no sign
 for long is `stale`: killed, hung, or in one long evaluation. GPU hours count from each launch to the last sign of it
-that is left: what a killed process logged after its last checkpoint is taken back when the run goes on.
+that is left: what a killed process logged after its last checkpoint is taken back when the run goes on. They are told
+as spent / at completion / planned (`plan --keep`), and in money too where tracker.gpu_hour_price is set.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from rich.text import Text
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.tracking.goodput import LAUNCHES, gpu_hours
+from ldm_scale.tracking.cost import Cost, Forecast
+from ldm_scale.tracking.goodput import LAUNCHES
 
 STALE_S = 900.0
 """Seconds without a sign of life after which a running run counts as stale."""
@@ -56,7 +58,8 @@ class RunStatus:
     """What the newest of them is about; empty where there is none."""
     gpus: int
     """Processes of the last launch."""
-    gpu_hours: float
+    cost: Cost
+    """In GPU hours, and what one of them costs."""
     restarts: int
     host: str
 
@@ -78,6 +81,8 @@ class RunStatus:
         launched = launches[-1]["time"] if launches else 0.0
         alerts = [alert["alert"] for alert in run_dir.read_lines(run_dir.alerts) if alert["time"] >= launched]
         saved = [file.stat().st_mtime for file in run_dir.checkpoints.glob("images_*[0-9]/complete.json")]
+        plan = storage.read_json(run_dir.plan) if run_dir.plan.exists() else {}
+        forecast = Forecast.of(plan, launches[-1]["world"] if launches else 0)
         return cls(
             run=str(run_dir.path),
             state=state,
@@ -93,7 +98,7 @@ class RunStatus:
             alerts=len(alerts),
             last_alert=alerts[-1] if alerts else "",
             gpus=launches[-1]["world"] if launches else 0,
-            gpu_hours=gpu_hours(launches, signs)(now),
+            cost=Cost.of(config, launches, signs, done=images / total, forecast=forecast),
             restarts=max(0, len(launches) - 1),
             host=status["host"],
         )
@@ -125,7 +130,8 @@ def show(runs: Sequence[RunStatus]) -> Table:
     """One line a run."""
     table = Table(box=box.SIMPLE)
     words = ("run", "state", "alerts", "host")
-    numbers = ("images", "%", "ETA", "images/s", "loss", "goodput", "saved", "last sign", "GPU h")
+    priced = ["cost"] if any(run.cost.price is not None for run in runs) else []
+    numbers = ("images", "%", "ETA", "images/s", "loss", "goodput", "saved", "last sign", "GPU h", *priced)
     for column in (*words[:2], *numbers, *words[2:]):
         table.add_column(column, justify="left" if column in words else "right", overflow="fold")
     for run in runs:
@@ -140,11 +146,20 @@ def show(runs: Sequence[RunStatus]) -> Table:
             "-" if run.goodput is None else f"{run.goodput:.1%}",
             "-" if run.checkpoint_age_s is None else duration(run.checkpoint_age_s),
             duration(run.heartbeat_age_s),
-            f"{run.gpu_hours:,.1f}",
+            _spent(run.cost, 1.0),
+            *("-" if run.cost.price is None else _spent(run.cost, run.cost.price) for _ in priced),
             Text(f"{run.alerts}: {run.last_alert}" if run.alerts else "", style="bold red"),
             f"{run.host} x{run.gpus}" + (f", {run.restarts} restarts" if run.restarts else ""),
         )
     return table
+
+
+def _spent(cost: Cost, factor: float) -> str:
+    """Spent / at completion / planned, times `factor`."""
+    hours = [cost.spent, cost.at_completion, cost.planned]
+    while hours[-1] is None:
+        hours.pop()
+    return " / ".join("-" if one is None else f"{factor * one:,.1f}" for one in hours)
 
 
 def _in_words(run: RunStatus) -> str:

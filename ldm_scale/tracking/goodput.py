@@ -76,7 +76,7 @@ def gpu_hours(launches: Sequence[Mapping[str, Any]], signs: Sequence[float]) -> 
     launches  events that began one, in order
     signs     moments at which the run is known to have lived, in seconds since the epoch
     """
-    ends = [launch["time"] for launch in launches[1:]] + [float("inf")]
+    ends = [*(launch["time"] for launch in launches[1:]), float("inf")][: len(launches)]
     spans = []
     for launch, end in zip(launches, ends, strict=True):
         lived = [sign for sign in signs if launch["time"] <= sign < end]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from ldm_scale.tracking.cost import Forecast
+
 SECTIONS = {
     "A": "State, goodput, money",
     "B": "Optimisation",
@@ -47,13 +49,36 @@ class Panel:
         return f"{self.code} {self.title}".strip() + (f" ({self.unit})" if self.unit else "")
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A number to hold curves against: a dashed line in report.html. (W&B's line plots have no such thing.)"""
+
+    names: tuple[str, ...]
+    """Patterns (fnmatch) of the curves that it is meant for."""
+    label: str
+    value: float
+
+
+_FID = ("eval/fid", "eval/fid_raw", "eval/fid_ema*")
+PAPER = {
+    "txt2img_laion*": (
+        Level(_FID, "paper: 30k of MS-COCO, no guidance", 23.31),
+        Level(_FID, "paper: 30k of MS-COCO, guidance 1.5", 12.63),
+    ),
+}
+"""What Rombach et al. 2022 report (table 2), by pattern of the experiments that repeat it."""
+
 PANELS = (
     Panel("A1", "State", (), "not running, or an alert", "report header, `make status`"),
     Panel("A2", "Goodput", ("perf/goodput",), "below 0.95", unit="share of time"),
     Panel("A2", "Time lost, by reason", ("perf/lost_*",), "one share grows", unit="share of time"),
     Panel("A3", "Since the first launch", ("perf/hours",), "over 10% more than planned", unit="hours"),
-    Panel("A3", "GPU hours, now and at completion", (), "over 10% more than planned", "report header, `make status`"),
+    Panel("A3", "GPU hours, money", (), "over 10% more than planned at completion", "report header, `make status`"),
     Panel("A4", "Age of the newest checkpoint", (), "older than 2 intervals", "report header, `make status`"),
+    Panel("A4", "What a crash would cost", ("perf/unsaved_minutes",), "above 2 intervals of saving", unit="minutes"),
+    Panel("A4", "Not yet saved", ("perf/unsaved_images",), "above 2 intervals of saving", unit="images"),
+    Panel("A4", "Last save", ("perf/save_s",), "creeping, or near half the launcher's grace", unit="s"),
+    Panel("A4", "Free disk of the run directory", ("perf/disk_free_gb",), "less than two checkpoints", unit="GB"),
     Panel("B5", "Loss", ("train/loss",), "off the band of a reference run"),
     Panel(
         "B5", "Terms of the loss", ("train/l1", "train/perceptual", "train/kl", "train/codebook", "train/logvar"),
@@ -147,7 +172,10 @@ PANELS = (
     Panel("E21", "Slowest rank", ("perf/slowest_rank",), "always the same", "several processes", "rank"),
     Panel("E22", "Waiting for data, worst rank", ("perf/data_wait*",), "above 0.02", unit="share of time"),
     Panel("E23", "Memory, worst rank", ("perf/memory_gb*", "perf/host_gb*"), "creeping", unit="GB"),
-    Panel("E24", "Power, clocks, temperature", ("perf/gpu_*",), "throttled", NO_DATA),
+    Panel("E24", "Power of the GPU", ("perf/gpu_power_w*",), "one is low: it waits, or is throttled", "GPUs", "W"),
+    Panel("E24", "Clock of the slowest GPU", ("perf/gpu_clock_mhz*",), "it falls: throttled", "GPUs", "MHz"),
+    Panel("E24", "Temperature of the GPU", ("perf/gpu_temperature_c*",), "above 85, or creeping", "GPUs", "Celsius"),
+    Panel("E24", "Memory errors", ("perf/gpu_ecc_errors*",), "any: replace the GPU", "GPUs with ECC", "uncorrected"),
     Panel("F25", "Progress in the data", ("data/epoch", "data/*/epoch"), "more than intended", unit="epochs"),
     Panel(
         "F26", "Sources, asked and read", ("data/*/asked", "data/*/read"), "they part", "several sources", "samples"
@@ -185,6 +213,16 @@ def layout(names: Collection[str]) -> list[tuple[Panel, list[str]]]:
 def panel_of(name: str) -> Panel:
     """The panel that shows a name."""
     return layout([name])[0][0]
+
+
+def levels(experiment: str, forecast: Forecast | None) -> list[Level]:
+    """What the curves of a run of `experiment` are held against."""
+    found = [level for known, own in PAPER.items() if fnmatchcase(experiment, known) for level in own]
+    if forecast is not None:
+        plan = f"plan: {forecast.world} x {forecast.machine}"
+        found.append(Level(("perf/images_per_s",), plan, forecast.images_per_s))
+        found.append(Level(("perf/mfu",), plan, forecast.mfu))
+    return found
 
 
 def section(panel: Panel) -> str:

@@ -12,6 +12,8 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.cost import Cost, Forecast
 from ldm_scale.tracking.goodput import LAUNCHES, gpu_hours
-from ldm_scale.tracking.panels import layout, section
+from ldm_scale.tracking.panels import layout, levels, section
 from ldm_scale.tracking.tracker import CAPTION_KEY, strict_json
 from ldm_scale.tracking.weights_and_biases import closing_hint
 
@@ -86,19 +89,25 @@ def _gather(run_dir: RunDir, page_folder: Path, picture_bytes: int) -> dict[str,
     stamps = [line["time"] for line in [*lines, *events]]
     saved = sorted(run_dir.checkpoints.glob("images_*[0-9]/complete.json"))
     parts = run_dir.path.absolute().parts
+    launches = [event for event in events if event["event"] in LAUNCHES]
+    forecast = Forecast.of(_read_json(run_dir.plan), launches[-1]["world"] if launches else 0)
+    images, total = max([line["images_seen"] for line in lines] + [int(status.get("images", 0))]), _total_images(config)
+    curves = _curves(lines)
     return {
         "experiment": parts[-2],
         "name": parts[-1],
         "path": str(run_dir.path),
         "status": status,
-        "images_seen": max([line["images_seen"] for line in lines] + [int(status.get("images", 0))]),
-        "total_images": _total_images(config),
+        "images_seen": images,
+        "total_images": total,
         "first": min(stamps, default=None),
         "last": max(stamps, default=None),
         "saved": saved[-1].stat().st_mtime if saved else None,
         "alerts": len(run_dir.read_lines(run_dir.alerts)),
+        "cost": asdict(Cost.of(config, launches, stamps, done=total and images / total, forecast=forecast)),
         "clock": _clock(run_dir.read_lines(run_dir.metrics), events),  # not what watches beside it logged, later
-        "curves": _curves(lines),
+        "curves": curves,
+        "levels": _levels(parts[-2], forecast, curves),
         "scores": _scores(lines, events),
         "media": _media(run_dir.media, picture_bytes),
         "events": events[-_EVENTS:][::-1],
@@ -108,6 +117,16 @@ def _gather(run_dir: RunDir, page_folder: Path, picture_bytes: int) -> dict[str,
         "files": _files(run_dir, page_folder),
         "commands": _commands(run_dir, config),
     }
+
+
+def _levels(experiment: str, forecast: Forecast | None, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Dashed lines, each once for every curve that it is drawn beside."""
+    return [
+        {"name": name, "label": level.label, "value": level.value}
+        for level in levels(experiment, forecast)
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in level.names)
+    ]
 
 
 def _clock(lines: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> list[list[float]]:
@@ -268,6 +287,7 @@ def _files(run_dir: RunDir, page_folder: Path) -> list[dict[str, Any]]:
         run_dir.config: "the resolved configuration",
         run_dir.status: "how the run stands",
         run_dir.alerts: "what somebody should know, one JSON object a line",
+        run_dir.plan: "what `make plan` foretold",
         run_dir.repro: "versions, code, data and configuration of every launch",
         run_dir.checkpoints: "to resume from",
         run_dir.weights: "inference weights",

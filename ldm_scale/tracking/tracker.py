@@ -176,8 +176,12 @@ class TrackerConfig:
     """W&B tags."""
     alert_command: str | None = None
     """Shell command that is run for alerts, each as one JSON object on its standard input: a mail, a chat message."""
+    gpu_hour_price: float | None = None
+    """Of one GPU for an hour, in any money, to tell what the run costs; None: in GPU hours only."""
 
     def __post_init__(self) -> None:
+        if self.gpu_hour_price is not None and not self.gpu_hour_price > 0:
+            raise ValueError(f"tracker.gpu_hour_price={self.gpu_hour_price}; must be above 0, or null for no price")
         if not self.project or any(c in self.project for c in "/\\#?%:"):
             raise ValueError(f"tracker.project={self.project!r}; give a name without any of / \\ # ? % :")
 

@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 
 
 class Checkpoints:
-    """The checkpoints of one training. Every method but `path` and `close` is collective: all ranks call it."""
+    """The checkpoints of one training. Every method but `path`, `close` and `numbers` is collective."""
 
     def __init__(
         self,
@@ -88,6 +88,8 @@ class Checkpoints:
         self._saving: Save | None = None
         self._state: dict[str, Any] = {}
         self._host: Tensor | None = None
+        self._held, self._held_since = 0, time.monotonic()
+        self._save_s: float | None = None
         self._failing_since: float | None = None
         self._tried = 0.0
         self._damaged: set[Path] = set()
@@ -137,6 +139,19 @@ class Checkpoints:
         if self._saving is not None:
             self._saving.join(_LEAVE_S)
 
+    def numbers(self, images_seen: int) -> dict[str, float]:
+        """For rank 0's log line: how long the last save took, the room on its disk, and what a crash now would cost.
+
+        The last is counted from the weights that were saved or loaded last; where there are none, from the beginning.
+        """
+        told = {} if self._save_s is None else {"perf/save_s": self._save_s}
+        return {
+            **told,
+            "perf/disk_free_gb": shutil.disk_usage(self._directory.parent).free / 1e9,
+            "perf/unsaved_images": float(images_seen - self._held),
+            "perf/unsaved_minutes": (time.monotonic() - self._held_since) / 60,
+        }
+
     def latest(self) -> Path | None:
         """The newest checkpoint whose every byte is as written; None where there is none. Damaged ones are reported."""
         self._settle(wait=True)
@@ -178,6 +193,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, buffer in persistent_buffers(self._module).items():
                 buffer.copy_(reader.buffers()[name])
+        self._held, self._held_since = reader.meta["images_seen"], time.monotonic()
         return dict(reader.meta["state"])
 
     def _load_companion(self, name: str, masters: Masters, reader: Reader) -> None:
@@ -239,6 +255,7 @@ class Checkpoints:
                 self._failed(saving.final, "; ".join(failures[:_SHOWN]))
             elif outcomes[0] is not None:  # rank 0 is done when all are
                 self._saving = self._failing_since = None
+                self._held, self._held_since, self._save_s = images_of(saving.final), saving.began, saving.seconds
                 if shortage := _grace_lacking(saving.seconds):
                     log.warning("%s. The next launch is refused", shortage)
                 self._damaged.discard(saving.final)

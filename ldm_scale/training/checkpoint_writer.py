@@ -53,7 +53,7 @@ class Save(threading.Thread):
 
     def __init__(self, snapshot: Snapshot, temporary: Path, final: Path, prune: Callable[[], None]) -> None:
         super().__init__(name="save", daemon=True)  # a rank that is lost must not keep rank 0 alive
-        self.temporary, self.final = temporary, final
+        self.temporary, self.final, self.began = temporary, final, snapshot.began
         self.outcome: str | None = None
         """None while under way, empty when this rank is done, else what failed."""
         self.seconds = 0.0

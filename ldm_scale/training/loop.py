@@ -208,6 +208,8 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
     values |= {name: math.sqrt(values[name]) for name in squares if name in values}
     values |= run.guard.clipped() | run.source.counts(run.images_seen)
     speed = run.meter.read()
+    if runtime.is_main():
+        speed |= run.checkpoints.numbers(run.images_seen)
     if run.meter.straggler is not None:
         run.tracker.event(run.images_seen, "straggler", **asdict(run.meter.straggler))
     values |= {"train/lr": rate, "train/global_batch": float(run.global_batch)}

@@ -5,6 +5,7 @@ MFU counts the multiply-adds that the networks need, without recomputation, agai
 the vendor's figure for known GPUs, a measured matrix product elsewhere.
 """
 
+import math
 import resource
 import statistics
 import time
@@ -16,10 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_scale.tracking.goodput import Ledger
 from ldm_scale.training.engine import Engine, EngineKind
+from ldm_scale.training.sensors import Sensors
 from ldm_scale.training.telemetry import STEP_PARTS, Ranks, Straggler, Timeline
 
 _BACKWARD_AND_FORWARD = 3.0  # each product of the forward pass costs two more in the backward pass
 _RANGE: dict[str, Callable[[list[float]], float]] = {"min": min, "median": statistics.median_low, "max": max}
+_WORST_IS_LEAST = ("gpu_clock_mhz",)
 _DENSE_BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
@@ -62,7 +65,7 @@ class Meter:
     """Rates and shares between two log lines."""
 
     def __init__(self, engine: Engine, ranks: Ranks, ledger: Ledger, *, flops_per_image: float, peak: float) -> None:
-        """Listen to `engine` from here on.
+        """Listen to `engine` from here on. Collective.
 
         ledger           the run's, which rank 0 keeps
         flops_per_image  to train on it
@@ -71,7 +74,7 @@ class Meter:
         self.ledger, self._ranks, self._world = ledger, ranks, engine.world
         self._flops_per_image, self._peak = flops_per_image, peak
         self._waits_within = engine.kind in (EngineKind.zero2, EngineKind.zero3)
-        self._timeline = Timeline(engine.device)
+        self._timeline, self._sensors = Timeline(engine.device), Sensors(engine.device)
         self.mark, self.pause = self._timeline.mark, self._timeline.pause
         engine.mark = self.mark
         self.straggler: Straggler | None = None
@@ -118,15 +121,27 @@ class Meter:
                 "data_wait": split["data"] / seconds,
                 "memory_gb": _memory_gb(),
                 "host_gb": psutil.Process().memory_info().rss / 1e9,
+                **self._sensors.read(),
             }
         )
         own_ms = found["own_ms"]
         self.straggler = self._ranks.straggler(own_ms, 1e3 * seconds / steps)
-        worst = {f"perf/{name}": max(values) for name, values in found.items()}
-        if self._world == 1:
-            return worst
-        ranges = {f"perf/{name}_{which}": of(values) for name, values in found.items() for which, of in _RANGE.items()}
-        return {**worst, **ranges, "perf/slowest_rank": float(own_ms.index(max(own_ms)))}
+        slowest = {} if self._world == 1 else {"perf/slowest_rank": float(own_ms.index(max(own_ms)))}
+        return worst_of(found) | slowest
+
+
+def worst_of(found: Mapping[str, list[float]]) -> dict[str, float]:
+    """`perf/NAME` of the worst rank, and where there are several `perf/NAME_min`, `_median` and `_max`.
+
+    found  by name what every rank has; NaN where a rank does not know, and what none knows is left out
+    """
+    told: dict[str, float] = {}
+    for name, everyone in found.items():
+        if known := [value for value in everyone if not math.isnan(value)]:
+            told[f"perf/{name}"] = (min if name in _WORST_IS_LEAST else max)(known)
+            if len(everyone) > 1:
+                told |= {f"perf/{name}_{which}": of(known) for which, of in _RANGE.items()}
+    return told
 
 
 def _memory_gb() -> float:

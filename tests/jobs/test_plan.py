@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ldm_scale.core import storage
 from ldm_scale.jobs import config, plan, preflight, speed
 from ldm_scale.jobs.footprint import _Fused, _Live, activation_bytes, checkpointing_everything, footprint
 from ldm_scale.jobs.preflight import Check, Needs
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.speed import MACHINES, Work
+from ldm_scale.tracking.cost import Forecast
 from ldm_scale.training.engine import EngineKind, Precision
 
 H100 = MACHINES["h100"]
@@ -208,14 +210,19 @@ def test_damaged_bytes_and_missing_latents_are_found(job: Job, world: Any, tmp_p
 
 
 @pytest.mark.slow
-def test_the_command(world: Any, capsys: pytest.CaptureFixture[str], job: Job) -> None:
-    overrides = world.tiny_training("name=planned")[2:]
-    assert plan.main([*overrides, "--gpus", "1", "--price", "2", "--json"]) == 0
+def test_the_command(world: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overrides = world.tiny_training("name=planned", f"run_dir={tmp_path}/run")[2:]
+    assert plan.main([*overrides, "--gpus", "1", "--price", "2", "--json", "--keep"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["would_fail"] is False
     (alone,) = (scale for scale in found["scales"] if scale["step"]["world"] == 1)
     assert alone["price"] == pytest.approx(2 * alone["gpu_hours"])
     assert found["break_even_runs"] == 1.0  # 96 images in the cache, 96 to train on
+    forecast = Forecast.of(storage.read_json(tmp_path / "run" / "plan.json"), 1)
+    assert forecast is not None and forecast.gpu_hours == alone["gpu_hours"]
+    with pytest.raises(SystemExit):
+        plan.main(["+experiment=txt2img_laion", "--keep"])
+    assert "name=NAME" in capsys.readouterr().err
     assert plan.main([*overrides, "--gpus", "3"]) == 1
     assert "does not divide" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:

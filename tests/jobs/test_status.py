@@ -41,14 +41,32 @@ def test_a_running_run(tmp_path: Path) -> None:
     assert found.eta_s == 800 / 2.0
     assert found.heartbeat_age_s == 30
     assert found.goodput == 0.9
-    assert found.gpu_hours == pytest.approx(4 * 0.5)
+    assert found.cost.spent == pytest.approx(4 * 0.5)
     assert (found.gpus, found.restarts, found.host) == (4, 0, "node7")
 
 
 def test_gpu_hours_leave_out_the_time_between_launches(tmp_path: Path) -> None:
     found = RunStatus.read(a_run(tmp_path, restarted=True), now=BEGAN + 10_900)
-    assert found.gpu_hours == pytest.approx(4 * 0.5 + 2 * 1)
+    assert found.cost.spent == pytest.approx(4 * 0.5 + 2 * 1)
     assert (found.gpus, found.restarts, found.eta_s) == (2, 1, 600)
+
+
+def test_cost_is_told_as_spent_at_completion_and_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half an hour of four GPUs for a fifth of the images; a plan for as many, and one for others."""
+    run_dir = a_run(tmp_path)
+    found = RunStatus.read(run_dir, now=BEGAN + 1830).cost
+    assert (found.at_completion, found.planned, found.price) == (pytest.approx(10.0), None, None)
+    status.main([str(tmp_path)])
+    assert "2.0 / 10.0 " in capsys.readouterr().out
+    scales = [
+        {"step": {"world": world, "images_per_s": 9.0}, "mfu": 0.4, "gpu_hours": hours}
+        for world, hours in ((2, 7), (4, 8))
+    ]
+    storage.write_json(run_dir.plan, {"machine": {"name": "H100"}, "scales": scales})
+    storage.write_json(run_dir.config, {"total_images": 1000, "tracker": {"gpu_hour_price": 2.5}})
+    status.main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "2.0 / 10.0 / 8.0" in said and "5.0 / 25.0 / 20.0" in said
 
 
 @pytest.mark.parametrize("age, state", [(899, "running"), (901, "stale")])

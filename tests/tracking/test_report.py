@@ -90,6 +90,18 @@ def data_of(page: Path) -> dict[str, object]:
     return json.loads(found[1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def chromium(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}", *options, page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (make system-packages)")
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return realistic_run(tmp_path_factory.mktemp("runs") / "debug_txt2img" / "first")
@@ -146,6 +158,46 @@ def test_hours_follow_images_and_leave_out_what_nobody_ran():
     events = [{"event": "start", "time": 0.0, "world": 2}, {"event": "resume", "time": 39_600.0, "world": 1}]
     lines = [{"images_seen": seen, "time": at} for seen, at in ((10, 1800.0), (20, 3600.0), (30, 41_400.0))]
     assert report._clock(lines, events) == [[0, 0, 0], [10, 1, 0.5], [20, 2, 1], [30, 2.5, 11.5]]
+
+
+@pytest.fixture(scope="module")
+def foretold(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run of the paper's text-to-image experiment whose plan was kept, at 2.5 a GPU hour."""
+    run_dir = realistic_run(tmp_path_factory.mktemp("runs") / "txt2img_laion" / "planned", lines=80)
+    JsonLines(run_dir).log(76_800, {"eval/fid": 40.0, "eval/fid_raw": 44.0, "eval/fid_clean": 41.0, "eval/kid": 0.01})
+    scales = [
+        {"step": {"world": world, "images_per_s": 250.0 * world}, "mfu": 0.4, "gpu_hours": 30.0} for world in (1, 2, 8)
+    ]
+    storage.write_json(run_dir.plan, {"machine": {"name": "H100"}, "scales": scales})
+    storage.write_json(run_dir.config, {"total_images": 100_000, "tracker": {"gpu_hour_price": 2.5}})
+    return run_dir
+
+
+def test_curves_are_held_against_the_paper_and_the_plan_of_as_many_gpus(foretold, run_dir):
+    (run,) = data_of(write_report(foretold))["runs"]
+    paper = [level for level in run["levels"] if "paper" in level["label"]]
+    assert {level["name"] for level in paper} == {"eval/fid", "eval/fid_raw"}
+    assert {(level["value"], level["label"].split(", ")[1]) for level in paper} == {
+        (23.31, "no guidance"),
+        (12.63, "guidance 1.5"),
+    }
+    assert [level for level in run["levels"] if level not in paper] == [
+        {"name": "perf/images_per_s", "label": "plan: 2 x H100", "value": 500.0}
+    ]
+    assert run["cost"]["planned"] == 30 and run["cost"]["price"] == 2.5
+    assert data_of(write_report(run_dir))["runs"][0]["levels"] == []
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_browser_draws_dashed_lines_and_the_cost(foretold, several, tmp_path):
+    body = chromium(write_report(foretold), tmp_path, "--dump-dom").stdout
+    assert body.count('class="level"') == 3 and "paper: 30k of MS-COCO, guidance 1.5: 12.63" in body
+    assert re.search(r"<dt>Cost</dt><dd>[^<]* at completion, 75 planned", body)
+    both = chromium(
+        write_comparison([foretold, several[0]], tmp_path / "comparison.html"), tmp_path, "--dump-dom"
+    ).stdout
+    assert both.count('class="level"') == 5  # a chart for each name: fid, fid_raw, images per second
 
 
 @pytest.mark.parametrize("broken", ["nothing", "only config", "torn lines", "torn config", "torn picture"])
@@ -205,17 +257,6 @@ def test_large_pictures_are_packed(tmp_path):
 def test_every_picture_has_its_turn(count):
     assert sorted(report._coarse_to_fine(count)) == list(range(count))
 
-
-def chromium(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}", *options, page.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (make system-packages)")
 
 USE = """<script>
 {  // a block, for names of its own

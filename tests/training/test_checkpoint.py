@@ -58,6 +58,27 @@ def test_state_comes_back_and_buffers_too(training):
     assert training.engine.masters.step == 1
 
 
+def test_a_log_line_tells_what_a_crash_would_cost(training, tmp_path):
+    """From the beginning until something is complete; then from the weights in it, and not from when it was written."""
+    checkpoints = training.checkpoints
+    told = checkpoints.numbers(training.images_seen)
+    assert told["perf/unsaved_images"] == 8 and "perf/save_s" not in told
+    assert told["perf/disk_free_gb"] == pytest.approx(
+        os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize / 1e9, abs=1
+    )
+    training.run(1)
+    checkpoints.save({"images_seen": training.images_seen})
+    training.run(1)
+    assert checkpoints.numbers(training.images_seen)["perf/unsaved_images"] == 24  # it is not known to be complete
+    checkpoints.drain()
+    time.sleep(0.1)
+    told = checkpoints.numbers(training.images_seen)
+    assert told["perf/unsaved_images"] == 8 and 0 < told["perf/save_s"] < 60 * told["perf/unsaved_minutes"] < 60
+    training.run(1)
+    training.resume(checkpoints.path(16))
+    assert checkpoints.numbers(training.images_seen)["perf/unsaved_images"] == 0
+
+
 def test_a_launcher_that_would_kill_a_save_is_refused(training, monkeypatch, caplog):
     path = training.save()
     require_grace(path.parent)  # started by hand: nobody kills it

@@ -64,11 +64,14 @@ function facts(run) {
   const done = share(run);
   const spent = run.clock.length ? run.clock.at(-1) : null;
   const code = run.launches.length ? run.launches.at(-1).code : null;
-  const whole_cost = spent && done && done < 1 ? `, ${tidy(spent[1] / done, 3)} at completion` : "";
+  const { spent: hours, at_completion: end, planned, price } = run.cost;
+  const cost = (factor) => [tidy(factor * hours, 3), ...(end && done < 1 ? [`${tidy(factor * end, 3)} at completion`] : []),
+    ...(planned ? [`${tidy(factor * planned, 3)} planned`] : [])].join(", ");
   return [
     ["Images seen", whole(run.images_seen) + (run.total_images ? ` of ${whole(run.total_images)}` : "")],
     ["Progress", done === null ? "-" : `${(100 * done).toFixed(1)} %`],
-    ["GPU hours", spent ? tidy(spent[1], 3) + whole_cost : "-"],
+    ["GPU hours", spent ? cost(1) : "-"],
+    ...(runs.some((other) => other.cost.price) ? [["Cost", spent && price ? cost(price) : "-"]] : []),
     ["Since the first launch", spent ? span(3600 * spent[2]) : "-"],
     ["Launches", String(run.launches.length || "-")],
     ["First record", date(run.first)],
@@ -209,8 +212,9 @@ function shortened(names) {
 }
 
 class Chart {
-  /** `curves`: [{name, run, points: [[images, value], ...]}], none without points. */
-  constructor(title, act, curves) {
+  /** `curves`: [{name, run, points: [[images, value], ...]}], none without points; `levels`: [{label, value}]. */
+  constructor(title, act, curves, levels) {
+    this.levels = levels;
     this.curves = curves.map((curve, i) => ({ ...curve, colour: colour(i, curves.length), hidden: false }));
     this.log = false;
     this.zoom = null;
@@ -262,7 +266,7 @@ class Chart {
     this.cursor = make("g", {});
     if (!all.length) return this.rest();
     const span = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
-    let [[x0, x1], [y0, y1]] = [this.zoom || span(all.map((p) => p[0])), span(all.map((p) => p[1]))];
+    let [[x0, x1], [y0, y1]] = [this.zoom || span(all.map((p) => p[0])), span([...all.map((p) => p[1]), ...this.levels.map((level) => level.value)])];
     if (x0 === x1) x1 = x0 + 1;
     if (this.log) [y0, y1] = y0 === y1 ? [y0 / 2, y1 * 2] : [y0 / 1.05, y1 * 1.05];
     else {
@@ -281,6 +285,10 @@ class Chart {
     for (const x of roundSteps(x0, x1, width < 340 ? 3 : 5)) {
       const anchor = this.x(x) > width - 30 ? "end" : "middle";
       this.svg.append(make("text", { x: anchor === "end" ? width - right : this.x(x), y: height - 5, "text-anchor": anchor }, short(x)));
+    }
+    for (const { label: text, value } of this.levels) {
+      this.svg.append(make("line", { class: "level", x1: left, x2: width - right, y1: this.y(value), y2: this.y(value) }),
+        make("text", { x: width - right, y: this.y(value) - 4, "text-anchor": "end" }, `${text}: ${tidy(value)}`));
     }
     if (!several) this.mark(x0, x1, top, height - bottom);
     this.curves.forEach((curve, i) => {
@@ -344,13 +352,19 @@ class Chart {
   }
 }
 
+/** What these names are held against, each level once. */
+function levelsOf(names) {
+  const all = runs.flatMap((run) => run.levels.filter((level) => names.includes(level.name)));
+  return [...new Map(all.map((level) => [`${level.label} ${level.value}`, level])).values()];
+}
+
 /** One run: a chart for the panel. Several: one for each of its names, a curve for each run. */
 function chartsOf(panel) {
   const names = panel.names.filter((name) => runs.some((run) => name in run.curves));
   const curves = (name, shown) => runs.filter((run) => name in run.curves).map((run) => ({ name: shown || label(run), run, points: run.curves[name] }));
   if (!names.length) return [];
-  if (!several) return [new Chart(panel.title, panel.act, shortened(names).flatMap((short, i) => curves(names[i], short)))];
-  return names.map((name) => new Chart(names.length > 1 ? `${panel.title.split(" ")[0]} ${name}` : panel.title, panel.act, curves(name)));
+  if (!several) return [new Chart(panel.title, panel.act, shortened(names).flatMap((short, i) => curves(names[i], short)), levelsOf(names))];
+  return names.map((name) => new Chart(names.length > 1 ? `${panel.title.split(" ")[0]} ${name}` : panel.title, panel.act, curves(name), levelsOf([name])));
 }
 
 /** Validation loss by timestep over training, as a map: the newest column on the right, high timesteps on top. */
