@@ -3,13 +3,18 @@
     python -m ldm_scale.jobs.relay RUN [--once] [--every SECONDS]
 
 Follows until the training is finished; `--once` sends what is there and ends. It reads `metrics.jsonl`, `events.jsonl`,
-`media/` and `alerts.jsonl`, and asks nothing of the training. Either may be killed and go on meanwhile.
+`media/`, `alerts.jsonl` and `evaluation/watched.jsonl`, and asks nothing of the training. Either may be killed and go on
+meanwhile.
 
 A row of W&B is everything of one `images_seen`, and that is its number. So W&B itself says how far it got: a relay that
 was killed asks for the last row and goes on behind it, nothing twice and nothing left out. A row is sent when a later
 one has begun, or the training runs no more: until then it may still get a score or a picture. W&B takes no row back; so
 after a rollback, or a resume from before the last row, new ones come where training is beyond it. Events are counted:
 `events/resume` is 2 in the first row after the second resume.
+
+Scores made beside the training (`evaluate.py watch=RUN`) come when rows of later images are sent already. Each line of
+theirs is a row of its own: its images seen on the axis, and the next free number, of which a global batch leaves many.
+W&B holds how many they are (`relay/beside`), and a killed relay asks for that too.
 """
 
 import argparse
@@ -20,10 +25,11 @@ import subprocess
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -33,6 +39,7 @@ from ldm_scale.tracking.alerts import Alert
 from ldm_scale.tracking.tracker import CAPTION_KEY
 from ldm_scale.tracking.weights_and_biases import EXIT_CODES, Place, Rows, may_go_online, send_alert, shown_picture
 
+_BESIDE = "relay/beside"
 EVERY_S = 15.0
 """Seconds between two looks at the run directory."""
 
@@ -90,34 +97,57 @@ class Relay:
             )
         place = Place(**{name: config["tracker"][name] for name in ("project", "entity", "group", "tags")})
         self._run_dir, self._folder = run_dir, run_dir.path / "relay"
-        before = _last_row(self._folder / "wandb") if offline else -1
+        before = _summary(self._folder / "wandb") if offline else {}
         self._run = place.open(run_dir, "offline" if offline else "online", config, folder=self._folder)
-        self.last = max(before, self._run.starting_step - 1)
-        """Images seen in the last row that W&B has."""
+        self._run.define_metric(_BESIDE, hidden=True)
+        self._last = max(before.get("_step", -1), self._run.starting_step - 1)
+        self._beside = int(before.get(_BESIDE, self._run.summary.get(_BESIDE, 0)))
+        self._global_batch: int = config["global_batch"]
+        lines = [line for line in run_dir.read_lines(run_dir.metrics) if line["images_seen"] <= self._last]
+        self.images = max((line["images_seen"] for line in lines), default=-1)
+        """Images seen in the last row of the training that W&B has."""
         self._rows = Rows()
-        for line in run_dir.read_metrics():
-            if line["images_seen"] <= self.last:
-                self._rows.note({name: value for name, value in line.items() if value is not None})
+        for values in (*lines, *(line["scores"] for line in self._scores()[: self._beside])):
+            self._rows.note(values)
 
     def forward(self, *, whole: bool) -> int:
         """Send what is there (see `rows_behind`); returns how many rows."""
         import wandb
 
         sent = 0
-        for row in rows_behind(self._run_dir, self.last, whole=whole):
+        for row in rows_behind(self._run_dir, self._last, whole=whole):
             shown = {}
             for name, path in row.pictures.items():
                 with suppress(FileNotFoundError), Image.open(path) as picture:  # training has just gone back
                     shown[name] = wandb.Image(picture, caption=str(picture.info.get(CAPTION_KEY, "")), file_type="png")
-            self._rows.note(row.values)
-            self._rows.send(self._run, row.images_seen, {**row.values, **shown}, number=row.images_seen)
-            self.last, sent = row.images_seen, sent + 1
+            self._send(row.images_seen, {**row.values, **shown}, number=row.images_seen)
+            self.images, sent = row.images_seen, sent + 1
+        if self.images >= 0:
+            sent += self._forward_scores(whole=whole)
         self._forward_alerts()
         return sent
 
     def close(self, state: State) -> None:
         """Wait until everything is sent, and say how the training stands."""
         self._run.finish(exit_code=EXIT_CODES[state])
+
+    def _send(self, images_seen: int, values: Mapping[str, Any], *, number: int) -> None:
+        self._rows.note(values)
+        self._rows.send(self._run, images_seen, values, number=number)
+        self._last = number
+
+    def _forward_scores(self, *, whole: bool) -> int:
+        """Send scores made beside the training, as many as numbers are free before its next row; returns how many."""
+        lines = self._scores()[self._beside :]
+        free = self.images + self._global_batch // 2 - self._last  # a batch made to fit the hardware may be smaller
+        sent = lines if whole else lines[: max(0, free)]
+        for line in sent:
+            self._beside += 1
+            self._send(line["images_seen"], {**line["scores"], _BESIDE: self._beside}, number=self._last + 1)
+        return len(sent)
+
+    def _scores(self) -> list[dict[str, Any]]:
+        return self._run_dir.read_lines(self._run_dir.watched)
 
     def _forward_alerts(self) -> None:
         """Send those that no relay has sent yet."""
@@ -131,15 +161,15 @@ class Relay:
                 file.write(str(len(alerts)).encode())
 
 
-def _last_row(folder: Path) -> int:
-    """Number of the last row in wandb's offline files, -1 where there is none."""
-    last = -1
+def _summary(folder: Path) -> dict[str, Any]:
+    """What wandb's offline files say of the last values; empty where there are none."""
+    found: dict[str, Any] = {}
     for part in sorted(folder.glob("offline-run-*")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(part)]
         said = subprocess.run(command, capture_output=True, text=True)
         if said.returncode == 0:
-            last = max(last, json.loads(said.stdout)["summary"].get("_step", -1))
-    return last
+            found |= json.loads(said.stdout)["summary"]
+    return found
 
 
 def follow(run_dir: RunDir, *, once: bool, every_s: float, stop: threading.Event) -> None:
@@ -160,7 +190,7 @@ def follow(run_dir: RunDir, *, once: bool, every_s: float, stop: threading.Event
             over = state == "finished" or (once and state != "running")
             sent = relay.forward(whole=over)
             if sent or over:
-                print(f"{run_dir.path}: {state}, {sent} rows sent, up to {relay.last:,} images", flush=True)
+                print(f"{run_dir.path}: {state}, {sent} rows sent, up to {relay.images:,} images", flush=True)
             if over or once or stop.wait(every_s):
                 break
         relay.close(state)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offline_wandb import parts, rows, train
+from offline_wandb import inspect, parts, rows, train
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
@@ -99,6 +99,15 @@ def following(run: Path, environment: dict[str, str], *options: str) -> Iterator
         yield process, said.read_text
 
 
+def watched(run_dir: RunDir, *images: int) -> None:
+    """Scores of some checkpoints, made beside the training."""
+    run_dir.watched.parent.mkdir(exist_ok=True)
+    with open(run_dir.watched, "a") as file:
+        for seen in images:
+            line = {"time": time.time(), "images_seen": seen, "event": "evaluation", "scores": {"eval/psnr": seen}}
+            file.write(json.dumps(line) + "\n")
+
+
 def wait(condition: Callable[[], bool], said: Callable[[], str]) -> None:
     until = time.monotonic() + 60
     while not condition():
@@ -111,32 +120,44 @@ def test_three_fragments_become_one_run_while_the_relay_is_killed(tmp_path: Path
     run = tmp_path / "txt2img" / "first"
     environment |= {"WANDB_MODE": "offline", "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "0.2"}
     run_dir = RunDir(run)
-    storage.write_json(run_dir.config, {"tracker": PLACE, "seed": 7})
+    storage.write_json(run_dir.config, {"tracker": PLACE, "seed": 7, "global_batch": 10})
     run_dir.write_status("running", images=0)
     train(run, 0, 80, "kill", environment, "0")
+    watched(run_dir, 20, 40)
     with following(run, environment) as (process, said):
-        wait(lambda: "up to 70 images" in said(), said)
+        wait(lambda: "9 rows sent, up to 70 images" in said(), said)
         train(run, 50, 120, "kill", environment, "0")  # 60 to 80 come again
         wait(lambda: "up to 110 images" in said(), said)
+        watched(run_dir, 60)
+        wait(lambda: said().endswith("1 rows sent, up to 110 images\n"), said)
         time.sleep(1)  # what was sent is on disk
         process.kill()
+    watched(run_dir, 80)
     with following(run, environment) as (process, said):
         train(run, 100, 140, "kill", environment, "0")
         wait(lambda: "up to 130 images" in said(), said)
         process.kill()  # and this time it may be lost
     assert len(parts(run)) == 3
+    watched(run_dir, *range(100, 141, 20))
     run_dir.write_status("finished", images=140)
     with following(run, environment) as (process, said):
         assert process.wait(60) == 0, said()
 
     assert len(parts(run / "relay")) == 3
-    held = rows(run / "relay")
+    everything = rows(run / "relay")
+    numbers = [row["_step"] for row in everything]
+    assert numbers == sorted(set(numbers))
+    beside = [(row["train/images_seen"], row["eval/psnr"]) for row in everything if "relay/beside" in row]
+    assert beside == [(seen, seen) for seen in range(20, 141, 20)]
+    held = [row for row in everything if "relay/beside" not in row]
     seen = [row["train/images_seen"] for row in held]
     assert seen == list(range(10, 141, 10)) == [row["_step"] for row in held]
     truth = {line["images_seen"]: line for line in run_dir.read_lines(run_dir.metrics) if "train/loss" in line}
     assert [row["train/loss"] for row in held] == [truth[images]["train/loss"] for images in seen]
     shown = [row["train/images_seen"] for row in held if "samples/grid.path" in row or "samples/grid" in row]
     assert shown == [row["train/images_seen"] for row in held if "eval/fd_random" in row] == list(range(20, 141, 20))
+    summary = json.loads(inspect(parts(run / "relay")[-1], "--summary", "--json"))["summary"]
+    assert summary["eval/fd_random"] == {"min": 1, "last": 101} and summary["eval/psnr"] == {"max": 140, "last": 140}
     assert len({part.name.split("-")[-1] for part in parts(run) + parts(run / "relay")}) == 1  # one id
 
 
