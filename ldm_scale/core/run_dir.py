@@ -92,6 +92,11 @@ class RunDir:
         return self.path / "plan.json"
 
     @property
+    def manifests(self) -> Path:
+        """Copies of the manifests of latent caches, and `evaluation.json`: what scores depend on."""
+        return self.path / "manifests"
+
+    @property
     def wandb(self) -> Path:
         return self.path / "wandb"
 

@@ -3,8 +3,8 @@
     python -m ldm_scale.jobs.relay RUN [--once] [--every SECONDS]
 
 Follows until the training is finished; `--once` sends what is there and ends. It reads `metrics.jsonl`, `events.jsonl`,
-`media/`, `alerts.jsonl` and `evaluation/watched.jsonl`, and asks nothing of the training. Either may be killed and go on
-meanwhile.
+`media/`, `alerts.jsonl` and `evaluation/watched.jsonl`, and asks nothing of the training. Either may be killed and go
+on meanwhile.
 
 A row of W&B is everything of one `images_seen`, and that is its number. So W&B itself says how far it got: a relay that
 was killed asks for the last row and goes on behind it, nothing twice and nothing left out. A row is sent when a later
@@ -36,8 +36,18 @@ from PIL import Image
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.tracking.alerts import Alert
+from ldm_scale.tracking.artifacts import Artifacts, send_artifacts, staged_in
+from ldm_scale.tracking.samples_table import newest_samples, samples_table
 from ldm_scale.tracking.tracker import CAPTION_KEY
-from ldm_scale.tracking.weights_and_biases import EXIT_CODES, Place, Rows, may_go_online, send_alert, shown_picture
+from ldm_scale.tracking.weights_and_biases import (
+    EXIT_CODES,
+    SAMPLES_TABLE,
+    Place,
+    Rows,
+    may_go_online,
+    send_alert,
+    shown_picture,
+)
 
 _BESIDE = "relay/beside"
 EVERY_S = 15.0
@@ -106,6 +116,9 @@ class Relay:
         lines = [line for line in run_dir.read_lines(run_dir.metrics) if line["images_seen"] <= self._last]
         self.images = max((line["images_seen"] for line in lines), default=-1)
         """Images seen in the last row of the training that W&B has."""
+        told = {"artifacts": "none", **config["tracker"]}  # runs begun before there was this key
+        self._artifacts = Artifacts(told["artifacts"])
+        self._closed = SAMPLES_TABLE in before or SAMPLES_TABLE in self._run.summary.keys()  # noqa: SIM118
         self._rows = Rows()
         for values in (*lines, *(line["scores"] for line in self._scores()[: self._beside])):
             self._rows.note(values)
@@ -128,7 +141,12 @@ class Relay:
         return sent
 
     def close(self, state: State) -> None:
-        """Wait until everything is sent, and say how the training stands."""
+        """Send what a finished training leaves, wait until everything is sent, and say how the training stands."""
+        if state == "finished" and not self._closed:
+            if grids := newest_samples(self._run_dir):
+                with staged_in(self._folder / "wandb"):
+                    self._send(int(grids[0].stem), {SAMPLES_TABLE: samples_table(grids)}, number=self._last + 1)
+            send_artifacts(self._run, self._run_dir, self._artifacts, self.images)
         self._run.finish(exit_code=EXIT_CODES[state])
 
     def _send(self, images_seen: int, values: Mapping[str, Any], *, number: int) -> None:

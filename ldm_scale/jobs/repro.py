@@ -4,6 +4,7 @@ A metrics line at `images_seen` was written by the last launch that began below 
 logged beyond its last checkpoint is taken back when the next one goes on.
 """
 
+import json
 import platform
 import socket
 import subprocess
@@ -56,6 +57,20 @@ def record(
         "code": _code(run_dir),
     }
     storage.write_json(run_dir.repro, {"launches": [*launches(run_dir), launch]})
+
+
+def keep_manifests(run_dir: RunDir, source: SampleSource[Any], conditions: dict[str, Any]) -> None:
+    """Copy what says what latents are made of, for the day when their cache is gone. Called by rank 0.
+
+    conditions  what scores depend on: the reference's digest among them
+    """
+    run_dir.manifests.mkdir(exist_ok=True)
+    parts = source.sources if isinstance(source, MixedSource) else {"latents": source}
+    for name, part in parts.items():
+        if isinstance(part, LatentSource):
+            with storage.open_read(f"{part.cache.folder}/manifest.json") as file:
+                storage.write_json(run_dir.manifests / f"{name}.json", json.load(file))
+    storage.write_json(run_dir.manifests / "evaluation.json", conditions)
 
 
 def launches(run_dir: RunDir) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from ldm_scale.jobs.scores import (
 from ldm_scale.latent_diffusion.generate import Generator
 from ldm_scale.latent_diffusion.model import LatentDiffusion
 from ldm_scale.samplers.base import Frame
-from ldm_scale.tracking.grid import labelled_grid
+from ldm_scale.tracking.grid import labelled_grid, placed_grid
 from ldm_scale.tracking.tracker import Tracker
 from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.codebook import CodebookWatch
@@ -299,9 +299,11 @@ class DiffusionStage(Stage):
         pictures = to_uint8(images_BCHW).permute(0, 2, 3, 1).numpy()
         columns = max(1, round(len(captions) ** 0.5))
         title = f"after {images_seen:,} images"
-        grid = labelled_grid(pictures, captions, columns=columns, title=title)
+        grid, places = placed_grid(pictures, captions, columns=columns, title=title)
         rows = self._progressive(captions[:_PROGRESSIVE_ROWS], title)
-        tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights")
+        how = {"guidance": self._job.sampler.guidance, "weights": f"ema/{self._job.ema_half_lives[0]}"}
+        cells = [(place, {"prompt": caption, **how}) for place, caption in zip(places, captions, strict=True)]
+        tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights", cells)
         tracker.images(images_seen, "samples/progressive", rows, "what the sampler headed for, early to late")
 
     def _progressive(self, captions: list[str], title: str) -> np.ndarray:

@@ -126,6 +126,7 @@ def _watched(
         storage.write_json(run_dir.config, plain)
         run_dir.write_status("running", images=under_way.images_seen)
         repro.record(run_dir, plain, engine, stage.state(), stage.source, under_way.images_seen)
+        repro.keep_manifests(run_dir, stage.source, stage.conditions())
     tracker.start(plain, resume_at=under_way.images_seen)
     if newest is None:
         tracker.log(under_way.images_seen, stage.baseline())

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+CELLS_KEY = "cells"  # PNG text chunk of a grid: where its pictures lie, and what is told of each
+
 _CELL = 128  # smaller images are enlarged to at least this many pixels, each pixel a square
 _GUTTER = 16  # between images, and around them
 _TEXT_GAP = 6  # between an image and its caption
@@ -16,6 +18,10 @@ _CAPTION_SIZE, _TITLE_SIZE = 13, 18  # font heights in pixels
 _LINE_SPACING = 1.3
 _MAX_LINES = 4  # a longer caption ends in an ellipsis
 _PAPER, _INK, _TITLE_INK = (255, 255, 255), (68, 68, 68), (34, 34, 34)
+
+
+Rectangle = tuple[int, int, int, int]
+"""Left, top, width and height on a page, pixels."""
 
 
 def labelled_grid(
@@ -30,6 +36,13 @@ def labelled_grid(
     returns      uint8 (height, width, 3)
     raises       ValueError for another type or shape, or another number of labels than images
     """
+    return placed_grid(images_BHWC, labels, columns=columns, title=title)[0]
+
+
+def placed_grid(
+    images_BHWC: np.ndarray, labels: Sequence[str] = (), *, columns: int | None = None, title: str = ""
+) -> tuple[np.ndarray, list[Rectangle]]:
+    """As `labelled_grid`, and where on the page each image lies."""
     _require_pictures(images_BHWC, labels)
     count = len(images_BHWC)
     columns = min(count, columns or math.ceil(math.sqrt(count)))
@@ -45,14 +58,15 @@ def labelled_grid(
     page = Image.new("RGB", (page_width, _GUTTER + heading_height + sum(row_heights)), _PAPER)
     draw = ImageDraw.Draw(page)
     _write(draw, heading, title_font, _TITLE_SIZE, (_GUTTER, _GUTTER), _TITLE_INK)
-    top = _GUTTER + heading_height
+    top, places = _GUTTER + heading_height, list[Rectangle]()
     for row, row_height in zip(rows, row_heights, strict=True):
-        for place, i in enumerate(row):
-            left = _GUTTER + place * (width + _GUTTER)
+        for column, i in enumerate(row):
+            left = _GUTTER + column * (width + _GUTTER)
+            places.append((left, top, width, height))
             page.paste(Image.fromarray(images_BHWC[i]), (left, top))
             _write(draw, captions[i], font, _CAPTION_SIZE, (left, top + height + _TEXT_GAP), _INK)
         top += row_height
-    return np.asarray(page)
+    return np.asarray(page), places
 
 
 def enlarged(images_BHWC: np.ndarray) -> np.ndarray:

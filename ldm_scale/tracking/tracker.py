@@ -25,12 +25,18 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.core.secrets import without_secrets
 from ldm_scale.tracking.alerts import AlertCommand, alert_of
+from ldm_scale.tracking.artifacts import Artifacts
+from ldm_scale.tracking.grid import CELLS_KEY, Rectangle
 from ldm_scale.tracking.weights_and_biases import Place, Wandb
 
 CAPTION_KEY = "caption"  # PNG text chunk that holds a picture's caption
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _LOG = logging.getLogger(__name__)
+
+
+Cell = tuple[Rectangle, Mapping[str, Any]]
+"""Where on a grid a picture lies, and what is told of it, of plain JSON types: prompt, guidance, weights."""
 
 
 class Tracker(Protocol):
@@ -47,8 +53,11 @@ class Tracker(Protocol):
     def log(self, images_seen: int, values: Mapping[str, float]) -> None:
         """Record named numbers; a name is recorded once per `images_seen`."""
 
-    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
-        """Record one picture, uint8 (H, W, 3), under a name such as `samples/grid`."""
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str, cells: Sequence[Cell] = ()) -> None:
+        """Record one picture, uint8 (H, W, 3), under a name such as `samples/grid`.
+
+        cells  of a grid of samples: where each lies, and what is told of it; W&B makes a table of the newest ones
+        """
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
         """Record something that happened (`resume`, `evaluation`, `alert`), with fields of plain JSON types."""
@@ -64,7 +73,9 @@ class Silent:
 
     def log(self, images_seen: int, values: Mapping[str, float]) -> None: ...
 
-    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None: ...
+    def images(
+        self, images_seen: int, name: str, grid: np.ndarray, caption: str, cells: Sequence[Cell] = ()
+    ) -> None: ...
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None: ...
 
@@ -102,9 +113,10 @@ class JsonLines:
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._metrics.append({"images_seen": images_seen, "time": time.time(), **finite})
 
-    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str, cells: Sequence[Cell] = ()) -> None:
         text = PngInfo()
         text.add_itxt(CAPTION_KEY, caption)
+        text.add_itxt(CELLS_KEY, json.dumps([{"place": place, "told": dict(told)} for place, told in cells]))
         path = media_file(self._run_dir, name, images_seen)
         with _room_or_warning(path), storage.atomic_write(path) as file:
             Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
@@ -136,9 +148,9 @@ class Several:
         for tracker in self._trackers:
             tracker.log(images_seen, values)
 
-    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str, cells: Sequence[Cell] = ()) -> None:
         for tracker in self._trackers:
-            tracker.images(images_seen, name, grid, caption)
+            tracker.images(images_seen, name, grid, caption, cells)
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
         for tracker in self._trackers:
@@ -174,6 +186,8 @@ class TrackerConfig:
     """W&B group, to see runs of one study together."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+    artifacts: Artifacts = Artifacts.none
+    """What W&B is given when training is finished, besides numbers and pictures."""
     alert_command: str | None = None
     """Shell command that is run for alerts, each as one JSON object on its standard input: a mail, a chat message."""
     gpu_hour_price: float | None = None
@@ -195,7 +209,8 @@ class TrackerConfig:
         if not self.wandb:
             return files
         place = Place(project=self.project, entity=self.entity, group=self.group, tags=self.tags)
-        return Several([files, Wandb(run_dir, place, offline=self.mode is WandbMode.offline)])
+        offline = self.mode is WandbMode.offline
+        return Several([files, Wandb(run_dir, place, offline=offline, artifacts=self.artifacts)])
 
 
 def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:

@@ -35,7 +35,9 @@ from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.core.runtime import PREEMPTED_EXIT_CODE
 from ldm_scale.core.secrets import without_secrets
 from ldm_scale.tracking.alerts import QUIET_S, Alert, alert_of
+from ldm_scale.tracking.artifacts import Artifacts, send_artifacts, staged_in
 from ldm_scale.tracking.panels import panel_of
+from ldm_scale.tracking.samples_table import newest_samples, samples_table
 
 if TYPE_CHECKING:
     import wandb
@@ -47,6 +49,8 @@ _AXIS = "train/images_seen"
 _BEST = {"min": min, "max": max}
 _TITLE = 63  # characters of an alert's title that W&B takes
 _FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
+SAMPLES_TABLE = "samples/table"
+"""What W&B calls the table of the newest samples."""
 EXIT_CODES: dict[State, int] = {
     "finished": 0, "stopped": 0, "running": 0, "preempted": PREEMPTED_EXIT_CODE, "failed": 1,
 }  # fmt: skip
@@ -128,11 +132,13 @@ class Rows:
 class Wandb:
     """Feeds one W&B run. A failure of W&B is a warning, after which this training goes on without it."""
 
-    def __init__(self, run_dir: RunDir, place: Place, *, offline: bool = False) -> None:
-        self._run_dir, self._place, self._offline = run_dir, place, offline
+    def __init__(
+        self, run_dir: RunDir, place: Place, *, offline: bool = False, artifacts: Artifacts = Artifacts.none
+    ) -> None:
+        self._run_dir, self._place, self._offline, self._artifacts = run_dir, place, offline, artifacts
         self._run: wandb.Run | None = None
         self._rows, self._sent = Rows(), _Sent(run_dir.wandb / "sent.json")
-        self._watched_bytes = 0
+        self._watched_bytes, self._images_seen = 0, 0
 
     def start(self, config: dict[str, Any], *, resume_at: int = 0) -> None:
         """Open the run, and send what metrics.jsonl has up to `resume_at` and W&B was never sent."""
@@ -146,8 +152,8 @@ class Wandb:
         self._send(images_seen, dict(values))
         self._send_watched()
 
-    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str) -> None:
-        """Show a picture."""
+    def images(self, images_seen: int, name: str, grid: np.ndarray, caption: str, cells: Sequence[Any] = ()) -> None:
+        """Show a picture; of `cells` there is a table in the end, made from the run directory."""
         import wandb
 
         shown = shown_picture(name)
@@ -161,6 +167,9 @@ class Wandb:
             self._try(lambda: send_alert(run, self._run_dir, alert))
 
     def finish(self, state: State) -> None:
+        if state == "finished":
+            self._try(self._send_what_remains)
+
         def close() -> None:
             if self._run is not None:
                 if state == "preempted":
@@ -169,6 +178,15 @@ class Wandb:
 
         self._try(close)
         self._run = None
+
+    def _send_what_remains(self) -> None:
+        """The newest samples as a table, and artifacts."""
+        if self._run is None:
+            return
+        if grids := newest_samples(self._run_dir):
+            with staged_in(self._run_dir.wandb):
+                self._send(int(grids[0].stem), {SAMPLES_TABLE: samples_table(grids)})
+        send_artifacts(self._run, self._run_dir, self._artifacts, self._images_seen)
 
     def _open(self, config: dict[str, Any]) -> None:
         import wandb
@@ -194,6 +212,7 @@ class Wandb:
     def _send(self, images_seen: int, values: dict[str, Any]) -> None:
         if self._run is None:
             return
+        self._images_seen = max(self._images_seen, images_seen)
         self._rows.note(values)
         fresh = {name: value for name, value in values.items() if self._sent.is_new(name, images_seen)}
         if not fresh:

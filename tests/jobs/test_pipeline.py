@@ -36,14 +36,14 @@ NAMES = (  # design.md section 7
 OWN_MS = ("own_ms", "own_ms_min", "own_ms_median", "own_ms_max")
 ELSEWHERE = (  # what panels say of trainings that are none of these
     "several processes", "several sources", "caption files", "VQ first stages", "first stages with a discriminator",
-    "with Inception's weights", "with CLIP's weights", "with LPIPS's weights",
+    "with Inception's weights", "with CLIP's weights", "with LPIPS's weights", "GPUs", "GPUs with ECC",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def undisturbed(world: Any) -> RunDir:
     """A whole tiny training."""
-    world.run(world.tiny_training("name=undisturbed"))
+    world.run(world.tiny_training("name=undisturbed", "tracker.artifacts=references"))
     return RunDir(world.path / "runs" / "txt2img_laion" / "undisturbed")
 
 
@@ -62,6 +62,13 @@ def assert_same(one: RunDir, other: RunDir) -> None:
 
 def curve(run_dir: RunDir, name: str) -> list[tuple[int, float]]:
     return [(line["images_seen"], line[name]) for line in run_dir.read_lines(run_dir.metrics) if name in line]
+
+
+def recorded(run_dir: RunDir, *options: str) -> str:
+    """What W&B's own tool reads in its files of a run, as JSON."""
+    (offline,) = run_dir.wandb.glob("offline-run-*")
+    leet = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *options, str(offline)]
+    return subprocess.run(leet, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
@@ -92,6 +99,24 @@ def test_the_closing_words_say_what_to_type(undisturbed: RunDir, capsys: pytest.
 
 
 @pytest.mark.slow
+def test_what_a_training_leaves_to_wandb(undisturbed: RunDir) -> None:
+    """The artifacts that were asked for, and a row of the table for each sample."""
+    records = [json.loads(line) for line in recorded(undisturbed).splitlines()]
+    artifacts = [record["artifact"] for record in records if record["type"] == "artifact"]
+    files = {one["type"]: {file["path"]: file for file in one["manifest"]["contents"]} for one in artifacts}
+    (weights_file,) = (file for name, file in files["weights"].items() if name.endswith(".safetensors"))
+    assert Path(weights_file["ref"].removeprefix("file://")).stat().st_size == int(weights_file["size"])
+    told, manifests = storage.read_json(undisturbed.config), files["manifests"]
+    assert manifests.keys() == {"config.json", "repro.json", "latents.json", "evaluation.json"}
+    cache = storage.read_json(Path(told["data"]["latents"]) / "manifest.json")
+    assert storage.read_json(manifests["latents.json"]["local_path"]) == cache
+    assert storage.read_json(manifests["evaluation.json"]["local_path"])["reference"]
+    table = storage.read_json(files["run_table"]["samples/table.table.json"]["local_path"])["data"]
+    assert len(table) == told["evaluation"]["grid"] and all("background" in row[1] for row in table)
+    assert {(row[0], row[3]) for row in table} == {("samples/grid", "ema/32")}
+
+
+@pytest.mark.slow
 def test_every_panel_has_its_data_and_the_workspace_names_nothing_else(world: Any, undisturbed: RunDir) -> None:
     logged, first_stage = dashboard.logged(undisturbed), RunDir(world.path / "runs" / "autoencoder_kl_f4" / "toy")
     for panel in PANELS:
@@ -110,10 +135,7 @@ def test_every_panel_has_its_data_and_the_workspace_names_nothing_else(world: An
 
 @pytest.mark.slow
 def test_wandb_shows_the_same_names(undisturbed: RunDir) -> None:
-    (offline,) = undisturbed.wandb.glob("offline-run-*")
-    leet = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--summary", "--json", str(offline)]
-    done = subprocess.run(leet, capture_output=True, text=True, check=True)
-    said = json.dumps(json.loads(done.stdout))
+    said = json.dumps(json.loads(recorded(undisturbed, "--summary")))
     assert [name for name in sorted(NAMES | {"samples/grid", "samples/progressive"}) if f'"{name}"' not in said] == []
 
 

@@ -15,11 +15,15 @@ import logging, os, signal, sys, time
 from pathlib import Path
 import numpy as np
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.artifacts import Artifacts
 from ldm_scale.tracking.tracker import TrackerConfig
 
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 path, start, stop, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-tracker = TrackerConfig(project="trial", tags=["a"]).build(RunDir(path))
+artifacts = Artifacts(os.environ.get("ARTIFACTS", "none"))
+tracker = TrackerConfig(project="trial", tags=["a"], artifacts=artifacts).build(RunDir(path))
+told = {"guidance": 3.0, "weights": "ema/32"}
+cells = [((0, 0, 4, 8), {"prompt": "left", **told}), ((4, 2, 4, 6), {"prompt": "right", **told})]
 began = time.perf_counter()
 tracker.start({"unet": {"channels": 64}, "seed": 7}, resume_at=start)
 print("start took", time.perf_counter() - began)
@@ -27,7 +31,9 @@ for seen in range(start + 10, stop + 1, 10):
     tracker.log(seen, {"train/loss": 1 / seen, "train/lr": 1e-4})
     if seen % 20 == 0:
         tracker.log(seen, {"eval/fd_random": 1 + abs(seen - 40)})
-        tracker.images(seen, "samples/grid", np.full((8, 8, 3), seen, np.uint8), f"after {seen}")
+        grid = np.full((8, 8, 3), seen, np.uint8)
+        grid[2:, 4:] += 100
+        tracker.images(seen, "samples/grid", grid, f"after {seen}", cells)
 tracker.event(stop, "checkpoint")
 if end == "kill":
     time.sleep(float(sys.argv[5]))

@@ -1,5 +1,7 @@
 """Real offline W&B runs, in processes of their own, read back from their .wandb files with `wandb leet inspect`."""
 
+import base64
+import hashlib
 import json
 import re
 import socket
@@ -7,9 +9,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 from offline_wandb import WANDB, inspect, parts, points, rows, train
+from PIL import Image
 
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking.weights_and_biases import _reachable, closing_hint, run_id
@@ -30,6 +35,7 @@ def test_offline_run_can_be_read_back(tmp_path, environment):
     logged = {name for name in summary["summary"] if not name.startswith("_")}
     assert logged == {
         "train/loss", "train/lr", "train/images_seen", "eval/fd_random", "samples/grid", "events/checkpoint",
+        "samples/table",
     }  # fmt: skip
     assert summary["summary"]["samples/grid"]["caption"] == "after 40"
     records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
@@ -46,6 +52,42 @@ def test_offline_run_can_be_read_back(tmp_path, environment):
     assert command[0] == "wandb"
     done = subprocess.run([WANDB, *command[1:]], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "train/loss" in done.stdout
+
+
+@pytest.mark.parametrize("how", ["references", "files"])
+def test_artifacts_and_the_table_of_samples_can_be_read_back(tmp_path, environment, how):
+    run = tmp_path / "debug" / "first"
+    held = {
+        "weights/model.safetensors": b"w" * 1000, "weights/config.json": b"{}", "repro.json": b'{"launches": []}',
+        "config.json": b'{"seed": 7}', "manifests/latents.json": b'{"n": 3}',
+    }  # fmt: skip
+    for name, content in held.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content)
+    said = train(run, 0, 40, "finished", environment | {"ARTIFACTS": how})
+    assert f"weights {'referred to' if how == 'references' else 'uploaded'} (2 files, 0.0 MB), manifests up" in said
+    (part,) = parts(run)
+    logged = [json.loads(line) for line in inspect(part, "--json").splitlines()]
+    found = {record["artifact"]["type"]: record["artifact"] for record in logged if record["type"] == "artifact"}
+    assert found.keys() == {"weights", "manifests", "run_table"}
+    assert set(found["weights"]["aliases"]) == {"latest", "images_40"}
+    assert found["weights"]["name"] == f"weights-{run_id(RunDir(run))}"
+    files = {one["path"]: one for one in found["weights"]["manifest"]["contents"]}
+    assert files.keys() == {"model.safetensors", "config.json"}
+    weights = files["model.safetensors"]
+    where = weights["ref"].removeprefix("file://") if how == "references" else weights["local_path"]
+    assert where == str(run / "weights" / "model.safetensors") and weights["size"] == "1000"
+    assert weights["digest"] == base64.b64encode(hashlib.md5(b"w" * 1000).digest()).decode()
+    files = {one["path"]: one for one in found["manifests"]["manifest"]["contents"]}
+    assert files.keys() == {"repro.json", "config.json", "latents.json"}
+    shown = {one["path"]: one["local_path"] for one in found["run_table"]["manifest"]["contents"]}
+    copied = [Path(path) for path in (*(one["local_path"] for one in files.values()), *shown.values())]
+    assert all(run in path.parents and path.exists() for path in copied), "nothing lies in the user's home"
+    content = json.loads(Path(shown["samples/table.table.json"]).read_text())
+    assert content["columns"] == ["grid", "prompt", "guidance", "weights", "picture"]
+    assert [row[:4] for row in content["data"]] == [["samples/grid", side, 3, "ema/32"] for side in ("left", "right")]
+    right = np.asarray(Image.open(shown[content["data"][1][4]["path"]]))
+    assert right.shape == (6, 4, 3) and (right == 140).all()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +108,7 @@ def test_resumed_run_gives_no_point_twice(tmp_path, environment, end, wait):
     held = rows(run)
     expected = {(name, seen) for seen in range(10, 121, 10) for name in ("train/loss", "train/lr", "train/images_seen")}
     expected |= {(name, seen) for seen in range(20, 121, 20) for name in ("eval/fd_random", "samples/grid")}
+    expected.add(("samples/table", 120))
     counts = points(held)
     assert {point for point in counts if not point[0].startswith("events/")} == expected
     assert {point: n for point, n in counts.items() if n > 1 and point[0] != "train/images_seen"} == {}
