@@ -164,7 +164,7 @@ def test_key_without_network_becomes_offline(tmp_path, environment):
         )
     assert "is unreachable; this run is recorded offline" in output
     assert seconds_to_start(output) < 15
-    assert len(rows(tmp_path / "run")) == 9
+    assert len(rows(tmp_path / "run")) == 10
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_server_that_never_answers_becomes_offline(tmp_path, environment, deaf_s
     output = train(tmp_path / "run", 0, 40, "finished", environment)
     assert "W&B did not answer" in output
     assert seconds_to_start(output) < 15
-    assert len(rows(tmp_path / "run")) == 9
+    assert len(rows(tmp_path / "run")) == 10
 
 
 def test_address_that_swallows_packets_is_given_up(monkeypatch):
