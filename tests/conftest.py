@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+# DeepSpeed's collectives are built once for all tests, those of launchers too, whose own default is on the host's disk.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions/ldm_scale"))
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 

@@ -1,10 +1,26 @@
 # What every job does, below the lines that `submit` puts before this: CODE, EXCLUDE, GRACE and WAIT, STATUS (of a
-# training) and the command in "$@". Starts one process per GPU, hands on the wish to stop, and decides what comes after.
+# training), WORK and PIECE (where its finished pieces lie, and their name) and the command in "$@". Starts one process
+# per GPU, hands on the wish to stop, and decides what comes after.
 
 id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 id=${id:-$SLURM_JOB_ID}
 began=$(date +%s)
 say() { echo "$(date -u +%FT%TZ) job $id: $*"; }
+
+# The finished pieces at the start of every attempt. Three in a row that add none, and the job is held, whoever it was
+# that began it again.
+attempts=3
+begun=$CODE/../begun_$id
+pieces() { find "$WORK" -name "$PIECE" -printf '%p %s\n' 2>/dev/null | sort | cksum; }
+barren() { [[ $(tail -n $attempts "$begun" 2>/dev/null | grep -cxF "$(pieces)") == "$attempts" ]]; }
+overrides=("${@:3}") # after `python` and its file
+hold() {
+    local why="held: $attempts attempts in a row left nothing new in $WORK; $1. TIME must hold the start, a piece of \
+work and GRACE=$GRACE seconds, and hosts must last as long; the log of job $id tells more. Then submit it again"
+    say "$why"
+    [[ -n $STATUS ]] && python "$CODE/launchers/slurm/held.py" "$why" "${overrides[@]}"
+    exit 1
+}
 
 # This script runs on the first host, as rank 0 does.
 MASTER_ADDR=$(hostname)
@@ -18,6 +34,8 @@ fi
 told=
 trap 'told=1; say "told to stop"; kill -USR1 "$step" 2>/dev/null' USR1 TERM
 
+barren && hold "Slurm itself began it again"
+pieces >>"$begun"
 say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
 # A process that ends leaves the others time to say why and on which host: they are not killed at once.
 srun --mpi=none --kill-on-bad-exit=0 --wait="$WAIT" bash "$CODE/launchers/slurm/task.sh" "$@" &
@@ -40,6 +58,7 @@ PYTHON
 again() {
     state=$(squeue --noheader --jobs="$id" --format=%T)
     if [[ $state == RUNNING ]]; then
+        barren && hold "the last one: $1"
         say "$1: requeued"
         scontrol requeue "$id" && code=0
     else # cancelled by a person, or requeued by Slurm itself, which noticed first that a host is lost

@@ -37,7 +37,9 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.secrets import without_secrets
 from ldm_scale.jobs import config, identity
 from ldm_scale.jobs.schemas.evaluate import EvaluateJob, GivenFirstStage
+from ldm_scale.jobs.schemas.precompute import PrecomputeJob
 from ldm_scale.jobs.schemas.sample import SampleJob
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.training.batch_fit import fit_batch
 from ldm_scale.training.engine import EngineKind
 
@@ -116,6 +118,18 @@ class Task:
                 return Path(file).absolute().parent
         return Path(self.config.run_dir).absolute()
 
+    @property
+    def work(self) -> tuple[Path, str]:
+        """Where finished pieces of it lie, and what their files are called: more of them is progress."""
+        match self.config:
+            case TrainJob():
+                return RunDir(self.folder).checkpoints, "complete.json"
+            case PrecomputeJob(data=data):
+                return Path(str(data.latents)).absolute(), "*.done.json"
+            case SampleJob(out=out):
+                return Path(out).absolute() if out else self.folder / "samples", "*.png"
+        return self.folder / "evaluation", "*.json*"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Submission:
@@ -159,7 +173,9 @@ class Submission:
         lines += ["case ${SLURM_ARRAY_TASK_ID:-0} in"]
         for number, task in enumerate(self.tasks):
             status = str(RunDir(task.folder).status) if self.job == "train" else ""
+            work, name = task.work
             lines += [f"    {number})", f"        STATUS={shlex.quote(status)}"]
+            lines += [f"        WORK={shlex.quote(str(work))} PIECE={shlex.quote(name)}"]
             lines += [f'        set -- python "$CODE/{JOBS[self.job]}.py" {shlex.join(task.overrides)}', "        ;;"]
         return "\n".join([*lines, "esac", "", (ROOT / "launchers/slurm/batch.sh").read_text()])
 

@@ -274,7 +274,7 @@ def _status_kept(run_dir: RunDir, tracker: Tracker) -> Iterator[None]:
     except Exception as error:
         if runtime.is_main() and run_dir.path.exists():
             reason = "".join(traceback.format_exception_only(error)).strip()
-            _failed(run_dir, tracker, reason)
+            write_failed(run_dir, tracker, reason)
             tracker.finish("failed")
         raise
 
@@ -282,13 +282,14 @@ def _status_kept(run_dir: RunDir, tracker: Tracker) -> Iterator[None]:
 def _ended(job: TrainJob, run_dir: RunDir, tracker: Tracker, reason: str) -> None:
     """For the watchdog: tell that training failed, on rank 0, or where that is lost on whichever comes first."""
     if runtime.is_main():
-        _failed(run_dir, tracker, reason)
+        write_failed(run_dir, tracker, reason)
         return
     with contextlib.suppress(FileExistsError), open(run_dir.told, "x"):
-        _failed(run_dir, job.tracker.files(run_dir), reason)
+        write_failed(run_dir, job.tracker.files(run_dir), reason)
 
 
-def _failed(run_dir: RunDir, tracker: Tracker, reason: str) -> None:
+def write_failed(run_dir: RunDir, tracker: Tracker, reason: str) -> None:
+    """Say in status, events and alerts that a training failed, and why."""
     images, reason = _images(run_dir), without_secrets(reason)
     run_dir.write_status("failed", images=images, reason=reason)
     tracker.event(images, "failed", reason=reason)

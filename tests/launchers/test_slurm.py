@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def images(run: Path) -> int:
     return int(newest[0].name.removeprefix("images_")) if newest else 0
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def hosts(log: Path) -> list[str]:
     """The hosts of each attempt, as the job's log has them."""
     return re.findall(r": start \d+ on (\S+):", log.read_text())
@@ -45,8 +51,8 @@ def test_a_training_outlives_a_signal_its_time_limit_and_a_lost_host(
     cluster: Cluster, toy: Toy, tmp_path: Path
 ) -> None:
     undisturbed, run, bad = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "bad.txt"
-    toy.train(undisturbed, *HOW).finish()
-    command = ("train", *toy.training(run, *HOW, "tracker.wandb=true"), *WHERE)
+    toy.train(undisturbed, *HOW, engine="zero1").finish()
+    command = ("train", *toy.training(run, *HOW, "tracker.wandb=true", engine="zero1"), *WHERE)
     job = cluster.submit(*command, cwd=tmp_path, LDM_EXCLUDE=str(bad))
     log = run / f"slurm_{job}.log"
 
@@ -82,6 +88,50 @@ def test_a_training_outlives_a_signal_its_time_limit_and_a_lost_host(
     assert {launch["code"]["snapshot"] for launch in repro.launches(RunDir(run))} == {str(snapshot / "code")}
     ours, recorded = storage.read_json(snapshot / "config.json"), storage.read_json(RunDir(run).config)
     assert ours == recorded
+
+
+def test_a_job_that_gets_nowhere_is_held(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    """As one whose TIME is shorter than start-up and GRACE: it is told to stop before it has done anything."""
+    run, told = tmp_path / "run", tmp_path / "told.jsonl"
+    how = toy.training(run, f"tracker.alert_command='cat >> {told}'", engine="one_process")
+    job = cluster.submit("train", *how, "NODES=1", "GPUS_PER_NODE=0", "TIME=30", cwd=tmp_path)
+    log = run / f"slurm_{job}.log"
+
+    def ended(times: int) -> bool:
+        said = log.read_text() if log.exists() else ""
+        if f": start {times - 1} on" in said:
+            cluster.ask("scancel", "--signal=USR1", job)
+        return said.count(": ended with") == times
+
+    for attempt in (1, 2):
+        cluster.wait(partial(ended, attempt), log)
+        cluster.requeued(job, attempt, log)
+    cluster.wait(partial(ended, 3), log)
+    cluster.wait(lambda: cluster.state(job) == "FAILED", log)
+    status = storage.read_json(RunDir(run).status)
+    assert status["state"] == "failed" and status["reason"].startswith("held: 3 attempts in a row left nothing new in")
+    (alert,) = RunDir(run).read_lines(RunDir(run).alerts)
+    assert alert["text"] == status["reason"] and RunDir(run).read_lines(told) == [alert]
+    assert [event["reason"] for event in events(run, "failed")] == [status["reason"]]
+
+
+def test_encoding_drawing_and_scoring(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    cache, run, pictures = tmp_path / "cache", tmp_path / "run", tmp_path / "pictures"
+    how = toy.overrides("precompute.min_psnr=0", f"data.latents={cache}", f"run_dir={tmp_path}/encoding")
+    encoding = cluster.submit("precompute", *how, "NODES=2", "GPUS_PER_NODE=0", cwd=tmp_path)
+    toy.train(run, engine="one_process", world=1).finish()
+    cluster.wait(lambda: cluster.state(encoding) == "COMPLETED", tmp_path / f"encoding/slurm_{encoding}.log")
+    assert files(cache) == files(toy.path / "latents")
+
+    what = (f"run_dir={run}", "sampler.steps=2", "GPUS_PER_NODE=0")
+    drawn = ("prompts=[a, b, c]", "batch=1", f"out={pictures}", "NODES=2")
+    drawing = cluster.submit("sample", *what, *drawn, cwd=tmp_path)
+    scoring = cluster.submit("evaluate", *what, "evaluation.images=8", "evaluation.batch=8", "NODES=1", cwd=tmp_path)
+    cluster.wait(lambda: cluster.state(drawing) == "COMPLETED", run / f"slurm_{drawing}.log")
+    cluster.wait(lambda: cluster.state(scoring) == "COMPLETED", run / f"slurm_{scoring}.log")
+    assert len(list(pictures.glob("0*.png"))) == 3
+    (scores,) = (run / "evaluation").glob("*.json")
+    assert storage.read_json(scores)["scores"]["eval/fd_random"] > 0
 
 
 @pytest.mark.faults
