@@ -81,6 +81,26 @@ def test_a_wheelhouse_sets_up_without_an_index_keeps_the_torch_that_is_there_and
     assert not (here / "other").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.faults  # takes a compiler a minute or two, and an index for DeepSpeed's source
+def test_prebuilt_operators_are_loaded_and_not_built_again(tmp_path: Path):
+    """In an environment of its own, which sees the packages that these tests run with."""
+    here = project(tmp_path / "here")
+    subprocess.run([BASE, "-m", "venv", here / ".venv"], check=True)
+    (packages,) = here.glob(".venv/lib/python*/site-packages")
+    (packages / "these.pth").write_text(sysconfig.get_path("purelib"))
+    (here / ".venv/.ready").touch()
+    make(here, "prebuild-ops", PYTHONPATH="")
+    load = "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder as S; print(S().load().__file__)"
+    built = tmp_path / "built"
+    told = subprocess.run(
+        [here / ".venv/bin/python", "-c", load], cwd=here, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "", "TORCH_EXTENSIONS_DIR": str(built)},
+    )  # fmt: skip
+    assert told.stdout.splitlines()[-1].startswith(str(packages)), told.stderr
+    assert not built.exists()
+
+
 @pytest.mark.parametrize(("version", "said"), [(None, "sees no torch"), ("2.10.1", "torch 2.10.1, older than 2.11")])
 def test_no_torch_or_an_old_one_is_refused(version: str | None, said: str, tmp_path: Path):
     if version is not None:
