@@ -28,12 +28,13 @@ from ldm_scale.tracking.panels import layout, levels, section
 from ldm_scale.tracking.tracker import CAPTION_KEY, strict_json
 from ldm_scale.tracking.weights_and_biases import closing_hint
 
+_PAGE_BYTES = 19_000_000  # of the whole page; pictures take what the rest leaves, but no more than the next line says
 _PICTURE_BYTES = 12_000_000  # of all pictures together; a third more as base64
 _ONE_PICTURE_BYTES = 400_000  # a larger PNG is shown as WebP
 _LONGEST_SIDE = 1600  # of a picture shown as WebP, in pixels
-_POINTS = 800  # of a curve; longer ones keep the smallest and largest value of each stretch
+_POINTS, _ALL_POINTS = 800, 200_000  # of a curve, which keeps the extremes of each stretch; of all curves together
 _TICKS = 200  # moments at which hours are known; between them they are interpolated
-_EVENTS = 300  # newest that are listed
+_EVENTS, _EVENT_BYTES = 300, 1_000_000  # newest that are listed, and launches; of each kind in all runs
 _NOT_VALUES = ("images_seen", "time", "train/images_seen")
 _FAMILY = re.compile(r"_(t\d{3}|min|median|max)$")  # of a score that is shown whole
 _NAMES = ("experiment", "name", "run_dir")  # in which any two runs differ
@@ -63,7 +64,11 @@ def _write(run_dirs: Sequence[RunDir], file: Path) -> Path:
     for run_dir in run_dirs:
         if not run_dir.path.is_dir():
             raise FileNotFoundError(f"{run_dir.path} is not a directory; give a run directory, runs/EXPERIMENT/NAME")
-    runs = [_gather(run_dir, file.parent, _PICTURE_BYTES // len(run_dirs)) for run_dir in run_dirs]
+    runs = [_gather(run_dir, file.parent, _EVENT_BYTES // len(run_dirs)) for run_dir in run_dirs]
+    _thin_together([run["curves"] for run in runs])
+    left = min(_PICTURE_BYTES, (_PAGE_BYTES - len(_json(runs).encode())) * 3 // 4)
+    for run, run_dir in zip(runs, run_dirs, strict=True):
+        run["media"] = _media(run_dir.media, left // len(runs))
     names = {name for run in runs for name in (*run["curves"], *(item["name"] for item in run["media"]))}
     panels = [
         {"section": section(panel), "title": panel.heading, "act": panel.act_when, "names": own}
@@ -72,16 +77,19 @@ def _write(run_dirs: Sequence[RunDir], file: Path) -> Path:
     whole = {"runs": runs, "panels": panels, "differences": _differences(runs), "written": time.time()}
     resource = resources.files("ldm_scale.tracking") / "page"
     parts = {name: (resource / f"report.{name}").read_text("utf-8") for name in ("html", "css", "js")}
-    data = json.dumps(strict_json(whole), ensure_ascii=False, separators=(",", ":"))
-    parts["data"] = data.replace("<", "\\u003c")  # no text of the run can end the script element
+    parts["data"] = _json(whole).replace("<", "\\u003c")  # no text of the run can end the script element
     html = re.sub(r"/\*(css|js|data)\*/", lambda mark: parts[mark[1]], parts["html"])
     with storage.atomic_write(file) as out:
         out.write(html.encode())
     return file
 
 
-def _gather(run_dir: RunDir, page_folder: Path, picture_bytes: int) -> dict[str, Any]:
-    """Everything the page shows of one run, of plain JSON types."""
+def _json(value: Any) -> str:
+    return json.dumps(strict_json(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def _gather(run_dir: RunDir, page_folder: Path, event_bytes: int) -> dict[str, Any]:
+    """Everything the page shows of one run but its pictures, of plain JSON types."""
     config = _read_json(run_dir.config)
     status = _read_json(run_dir.status)
     lines = run_dir.read_metrics()
@@ -92,7 +100,9 @@ def _gather(run_dir: RunDir, page_folder: Path, picture_bytes: int) -> dict[str,
     launches = [event for event in events if event["event"] in LAUNCHES]
     forecast = Forecast.of(_read_json(run_dir.plan), launches[-1]["world"] if launches else 0)
     images, total = max([line["images_seen"] for line in lines] + [int(status.get("images", 0))]), _total_images(config)
-    curves = _curves(lines)
+    curves, told = _curves(lines), _newest(events, event_bytes)
+    started = _launches(_read_json(run_dir.repro))
+    launched = _newest(started, event_bytes)
     return {
         "experiment": parts[-2],
         "name": parts[-1],
@@ -109,14 +119,25 @@ def _gather(run_dir: RunDir, page_folder: Path, picture_bytes: int) -> dict[str,
         "curves": curves,
         "levels": _levels(parts[-2], forecast, curves),
         "scores": _scores(lines, events),
-        "media": _media(run_dir.media, picture_bytes),
-        "events": events[-_EVENTS:][::-1],
-        "events_left_out": max(0, len(events) - _EVENTS),
-        "launches": _launches(_read_json(run_dir.repro)),
+        "events": told,
+        "events_left_out": len(events) - len(told),
+        "launches": launched[::-1],
+        "launches_left_out": len(started) - len(launched),
         "config": config,
         "files": _files(run_dir, page_folder),
         "commands": _commands(run_dir, config),
     }
+
+
+def _newest(lines: Sequence[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """The last of them, newest first: as many as are listed, and fit into `budget` bytes."""
+    shown = []
+    for line in reversed(lines[-_EVENTS:]):
+        budget -= len(_json(line).encode())
+        if budget < 0:
+            break
+        shown.append(line)
+    return shown
 
 
 def _levels(experiment: str, forecast: Forecast | None, names: Iterable[str]) -> list[dict[str, Any]]:
@@ -194,11 +215,18 @@ def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     return {name: _thinned(values) for name, values in points.items()}
 
 
-def _thinned(points: list[list[float]]) -> list[list[float]]:
-    """At most about `_POINTS` points, with the extremes of every stretch, so that no spike goes missing."""
-    if len(points) <= _POINTS:
+def _thin_together(runs: Sequence[dict[str, list[list[float]]]]) -> None:
+    """Thin the curves of many runs further, so that all of them fit."""
+    limit = _ALL_POINTS // max(1, sum(map(len, runs)))
+    for curves in runs:
+        curves.update({name: _thinned(points, limit) for name, points in curves.items()})
+
+
+def _thinned(points: list[list[float]], limit: int = _POINTS) -> list[list[float]]:
+    """At most about `limit` points, with the extremes of every stretch, so that no spike goes missing."""
+    if len(points) <= limit:
         return points
-    stretch = -(-2 * len(points) // _POINTS)
+    stretch = -(-2 * len(points) // limit)
     kept: list[list[float]] = [points[0]]
     for start in range(1, len(points) - 1, stretch):
         part = points[start : min(start + stretch, len(points) - 1)]

@@ -17,7 +17,7 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking import report
 from ldm_scale.tracking.grid import labelled_grid
 from ldm_scale.tracking.report import write_comparison, write_report
-from ldm_scale.tracking.tracker import JsonLines
+from ldm_scale.tracking.tracker import JsonLines, media_file
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CAPTIONS = [f"a {c} {s} {p}" for c in ("red", "blue") for s in ("circle", "square") for p in ("top left", "centre")]
@@ -242,6 +242,48 @@ def test_too_many_pictures_are_left_out_evenly(tmp_path):
     seen = [picture["images_seen"] for picture in viewer["pictures"]]
     assert seen[0] == 0 and seen[-1] == 390 and len(seen) == 9 and viewer["left_out"] == 31
     assert max(np.diff(seen)) <= 60
+
+
+def endless_run(path: Path) -> RunDir:
+    """More of everything than any page takes: 40 MB of pictures, curves by the hundred, long events, many launches."""
+    run_dir, noise = RunDir(path), np.random.default_rng(0).integers(0, 256, (340, 340, 3), dtype=np.uint8)
+    for name in ("samples/grid", "samples/reconstructions"):
+        JsonLines(run_dir).images(0, name, noise, "noise")
+        first = media_file(run_dir, name, 0)
+        for seen in range(1, 60):
+            shutil.copy(first, media_file(run_dir, name, seen))
+    storage.write_json(run_dir.config, {"total_images": 6000})
+    with open(run_dir.metrics, "w") as lines:
+        for seen in range(900):
+            values = {f"train/part_{part}": math.sin(seen * part) for part in range(150)}
+            lines.write(json.dumps({"images_seen": seen, "time": float(seen), **values}) + "\n")
+    with open(run_dir.events, "w") as lines:
+        for seen in range(400):
+            event = {"time": float(seen), "images_seen": seen, "event": "trouble", "samples": ["key"] * 3000}
+            lines.write(json.dumps(event) + "\n")
+    launch = {"time": 0.0, "images_seen": 0, "host": "node07", "command": ["x" * 4000], "packages": {}}
+    storage.write_json(run_dir.repro, {"launches": [launch] * 700})
+    return run_dir
+
+
+@pytest.mark.slow
+def test_the_page_stays_below_20_mb_however_long_the_run(tmp_path):
+    run_dir = endless_run(tmp_path / "debug" / "endless")
+    stored = sum(path.stat().st_size for path in run_dir.media.rglob("*.png"))
+    assert stored > 40e6
+    page = write_report(run_dir)
+    assert page.stat().st_size < 20_000_000
+    (run,) = data_of(page)["runs"]
+    for viewer in run["media"]:
+        seen = [picture["images_seen"] for picture in viewer["pictures"]]
+        assert seen[0] == 0 and seen[-1] == 59 and len(seen) + viewer["left_out"] == 60 and viewer["left_out"] > 30
+        assert max(np.diff(seen)) <= 8, "left out evenly"
+    assert run["events"][0]["images_seen"] == 399 and run["events_left_out"] == 400 - len(run["events"])
+    assert run["launches_left_out"] == 700 - len(run["launches"]) > 0
+    assert len(run["curves"]) == 150
+    comparison = write_comparison([run_dir] * 3, tmp_path / "comparison.html")
+    assert comparison.stat().st_size < 20_000_000
+    assert all(len(viewer["pictures"]) > 1 for run in data_of(comparison)["runs"] for viewer in run["media"])
 
 
 def test_large_pictures_are_packed(tmp_path):

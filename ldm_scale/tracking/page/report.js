@@ -145,7 +145,9 @@ function launches(run) {
   if (!run.launches.length) return [nothing("repro.json is not there yet.")];
   const rows = run.launches.map(({ time, images_seen, host, ...rest }) => [
     ["soft number", date(time)], ["number", whole(images_seen)], ["mono", host], ["wrap", ...pairs(rest)]]);
-  return [table([["number", "Launched"], ["number", "At images"], ["", "Host"], ["", "Engine, code, data, packages"]], rows)];
+  const all = table([["number", "Launched"], ["number", "At images"], ["", "Host"], ["", "Engine, code, data, packages"]], rows);
+  const older = make("p", { class: "soft" }, `${whole(run.launches_left_out)} older ones are in repro.json.`);
+  return run.launches_left_out ? [all, older] : [all];
 }
 
 // ---------------------------------------------------------------- curves
