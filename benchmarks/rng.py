@@ -28,6 +28,7 @@ from ldm_scale.first_stage.base import MomentsKind
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.model_table import conditioner_inputs, parameters
 from ldm_scale.jobs.schemas.train import TrainJob
+from ldm_scale.training.intake import Intake
 from ldm_scale.training.steps import CachedMoments, DiffusionStep
 
 LIMIT = 0.01
@@ -75,6 +76,7 @@ def training_step(overrides: list[str], batch: int) -> tuple[int, Callable[[], o
         latent_scale=1.0,
         diffusion=job.latent_diffusion.diffusion,
         seed=0,
+        intake=Intake(shown=0),
     )
     channels, *sides = job.first_stage.latent_shape(job.data.transform.size)
     inputs = conditioner_inputs(job)

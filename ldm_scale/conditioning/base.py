@@ -89,6 +89,19 @@ class Conditioner(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Conditions:
         """Conditions of prepared inputs."""
 
+    def lengths(self, inputs: Tensor) -> dict[str, Tensor]:
+        """What is to be known of the length of conditions, (B,) each by name; nothing where they have none."""
+        return {}
+
+    def in_words(self, inputs: Tensor, conditions: list[str]) -> list[str]:
+        """What prepared inputs tell the model, one text a row; the empty condition is the empty text.
+
+        conditions  what they were made of, before any was dropped: for inputs that cannot be read back
+        """
+        null = self.null_inputs(1).to(inputs)
+        is_null_B = (inputs == null).reshape(len(inputs), -1).all(1).tolist()
+        return ["" if is_null else text for is_null, text in zip(is_null_B, conditions, strict=True)]
+
     def dropped(self, inputs: Tensor, drop_B: Tensor) -> Tensor:
         """`inputs` with the rows where `drop_B` is true replaced by the empty condition; same device and dtype."""
         null = self.null_inputs(1).to(inputs)

@@ -105,6 +105,16 @@ class TextConditioner(Conditioner):
         """The ids of the empty caption, (batch, max_length)."""
         return self.prepare([""]).expand(batch, -1)
 
+    def lengths(self, inputs: Tensor) -> dict[str, Tensor]:
+        """`tokens`, first and last included; whether these are as many as fit (`truncated`: longer captions are cut,
+        and a few just fit), or no more than those two (`empty`)."""
+        tokens_B = (inputs != self.load_tokenizer().pad_id).sum(1)
+        return {"tokens": tokens_B, "truncated": tokens_B == self.config.max_length, "empty": tokens_B == 2}
+
+    def in_words(self, inputs: Tensor, conditions: list[str]) -> list[str]:
+        """The captions that the token ids spell, lower-cased and cut as the model reads them."""
+        return self.load_tokenizer().decode(inputs)
+
     def forward(self, inputs: Tensor) -> Conditions:
         """(B, L) token ids -> context (B, L, D)."""
         return Conditions(context=self.transformer(inputs))

@@ -34,7 +34,10 @@ class CaptionTokenizer:
     def __init__(self, tokenizer: Tokenizer, max_length: int, *, pad: str) -> None:
         """`tokenizer` is taken over: its truncation and padding are set here."""
         tokenizer.enable_truncation(max_length)
-        tokenizer.enable_padding(length=max_length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+        pad_id = tokenizer.token_to_id(pad)
+        assert pad_id is not None, "whoever loads a tokenizer makes sure"
+        self.pad_id: int = pad_id
+        tokenizer.enable_padding(length=max_length, pad_id=self.pad_id, pad_token=pad)
         self._tokenizer = tokenizer
 
     @property

@@ -4,7 +4,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Dtypes, Engine
+from ldm_scale.training.intake import Given, Intake, Spread
 from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
@@ -54,16 +55,20 @@ from ldm_scale.training.validation import HeldOut
 log = runtime.logger(__name__)
 
 _LAST = "decoder.conv_out.weight"  # the decoder's last layer, by the name that it has in every first stage
+_EATEN = 16  # samples shown as the model was given them
 _PROGRESSIVE_ROWS, _PROGRESSIVE_COLUMNS = 4, 6  # pictures of how a sample came about: captions, moments
 
 
 class Stage(ABC):
     """One training: what is trained, on which batches, how it is scored and shown."""
 
+    _job: TrainJob
     module: FirstStage | LatentDiffusion
     """What the engine trains."""
     source: SampleSource[Any]
     """Where batches come from."""
+    intake: Intake
+    """What the model is given of them."""
 
     def prepare(self, engine: Engine, optimizer: OptimizerConfig) -> None:
         """Give the engine all that trains."""
@@ -92,6 +97,24 @@ class Stage(ABC):
     @abstractmethod
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Pictures of `module` as it is now; all of them, or none where `between` raises."""
+
+    def _show_eaten(self, images_seen: int, tracker: Tracker, decode: Callable[[Tensor], Tensor]) -> None:
+        """The newest samples as the model was given them, on rank 0; nothing before the first step of a launch.
+
+        decode  samples to images in [-1, 1]
+        """
+        given = self.intake.newest()
+        if given is None or not runtime.is_main():
+            return
+        images_BCHW = torch.cat([decode(part) for part in given.samples.split(self._job.evaluation.batch)])
+        pictures = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy()
+        title = f"given up to image {images_seen:,}"
+        grid = labelled_grid(pictures, self.eaten_labels(given), title=title)
+        tracker.images(images_seen, "samples/eaten", grid, "what the model was given, without noise")
+
+    def eaten_labels(self, given: Given) -> list[str]:
+        """The key of each sample, and what the model was told with it."""
+        return given.keys
 
     @abstractmethod
     def baseline(self) -> dict[str, float]:
@@ -131,6 +154,7 @@ class AutoencoderStage(Stage):
         shards = open_images(job.data)
         self._held_out = HeldOutImages.open(job.data, job.evaluation.images)
         self.source = job.data.image_source(shards, job.seed, on_bad=on_bad)
+        self.intake = Intake(shown=_EATEN)
         self.module: FirstStage = job.first_stage.build()
         perceptual = perceptual_network(job.autoencoder_loss, job.paths.weights)
         self._loss = ReconstructionLoss(job.autoencoder_loss, None if perceptual is None else perceptual.to(device))
@@ -156,8 +180,9 @@ class AutoencoderStage(Stage):
             adversary = Adversary(engine, loss.adversarial, self.module.get_parameter(_LAST))
         shape = self._job.first_stage.latent_shape(self._job.data.transform.size)
         return AutoencoderStep(
-            engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook, adversary=adversary
-        )
+            engine, loss=self._loss, latent_shape=shape, seed=seed, codebook=codebook, adversary=adversary,
+            intake=self.intake,
+        )  # fmt: skip
 
     def match(self, dtypes: Dtypes) -> None:
         """What is given back is judged in float32."""
@@ -177,6 +202,7 @@ class AutoencoderStage(Stage):
         images_BCHW = self._held_out.read(range(min(self._job.evaluation.grid // 2, self._held_out.count))).images
         labels, title = ["reconstruction"] * len(images_BCHW), f"after {images_seen:,} images"
         grid = reconstruction_grid(self.module, images_BCHW, labels, columns=len(images_BCHW), title=title)
+        self._show_eaten(images_seen, tracker, lambda images_BCHW: images_BCHW)
         tracker.images(images_seen, "samples/reconstructions", grid, "held-out images above their reconstructions")
 
     def baseline(self) -> dict[str, float]:
@@ -227,12 +253,14 @@ class DiffusionStage(Stage):
             self._moments: CachedMoments | EncodedMoments = CachedMoments(kind)
             embedded = self._text_encoder is not None
             self.source = job.data.latent_source(caches, job.seed, prepare, on_bad, text=embedded)
-            std = latent_std(list(caches.values()), job.data.weights)
+            mean, std = latent_spread(list(caches.values()), job.data.weights)
         else:
             self._moments = encoded = EncodedMoments(self._first_stage)
             self.source = images = job.data.image_source(shards, job.seed, prepare, on_bad)
-            std = self._std_of_first_batch(encoded, images, device)
+            mean, std = self._spread_of_first_batch(encoded, images, device)
         self._latent_scale = scale_of_latents(job.first_stage.scale or loading.stated_scale(job.first_stage), std)
+        expected = Spread(mean * self._latent_scale, std * self._latent_scale)
+        self.intake = Intake(shown=_EATEN, expected=expected, conditioner=self.module.conditioner)
         transform = jobs_config.to_plain(job.data.transform)
         self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, transform, device)
         self._validation = self._encode_held_out(device)
@@ -251,10 +279,10 @@ class DiffusionStage(Stage):
                 require_text(cache, wanted.text)
         return MomentsKind(wanted.kind)
 
-    def _std_of_first_batch(
+    def _spread_of_first_batch(
         self, encoded: EncodedMoments, source: SampleSource[ImageBatch], device: torch.device
-    ) -> float:
-        """Standard deviation of the latents of the first global batch (Rombach et al. 2022, appendix G)."""
+    ) -> tuple[float, float]:
+        """Mean and standard deviation of the latents of the first global batch (Rombach et al. 2022, appendix G)."""
         config, batch = self._job.first_stage, self._job.evaluation.batch
         statistics: LatentStatistics | None = None
         for positions in np.split(np.arange(self._job.global_batch), range(batch, self._job.global_batch, batch)):
@@ -263,7 +291,7 @@ class DiffusionStage(Stage):
                 statistics = LatentStatistics(str(moments.kind), config.latent_channels)
             statistics.add(moments.pack().cpu().numpy())
         assert statistics is not None
-        return statistics.std
+        return statistics.mean, statistics.std
 
     def prepare(self, engine: Engine, optimizer: OptimizerConfig) -> None:
         Stage.prepare(self, engine, optimizer)
@@ -280,6 +308,7 @@ class DiffusionStage(Stage):
             latent_scale=self._latent_scale,
             diffusion=self.module.config.diffusion,
             seed=self._job.seed,
+            intake=self.intake,
         )
 
     def validate(self, between: Between, suffix: str) -> dict[str, float]:
@@ -305,6 +334,13 @@ class DiffusionStage(Stage):
         cells = [(place, {"prompt": caption, **how}) for place, caption in zip(places, captions, strict=True)]
         tracker.images(images_seen, "samples/grid", grid, "held-out captions, fixed noise, averaged weights", cells)
         tracker.images(images_seen, "samples/progressive", rows, "what the sampler headed for, early to late")
+        self._show_eaten(images_seen, tracker, self._generator().decode)
+
+    def eaten_labels(self, given: Given) -> list[str]:
+        if self.module.conditioner is None or given.told is None:
+            return given.keys
+        told = self.module.conditioner.in_words(given.told, given.captions)
+        return [f"{key}: {words or '(empty)'}" for key, words in zip(given.keys, told, strict=True)]
 
     def _progressive(self, captions: list[str], title: str) -> np.ndarray:
         """A row for each caption: the estimates of z_0, decoded, at evenly spread steps."""
@@ -416,11 +452,11 @@ def scale_of_latents(configured: float | None, std: float) -> float:
     return scale
 
 
-def latent_std(caches: Sequence[LatentCache], weights: Sequence[float]) -> float:
-    """Standard deviation of the latents of several caches together, each as often as its weight says."""
+def latent_spread(caches: Sequence[LatentCache], weights: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the latents of several caches together, each as often as its weight says."""
     if len(caches) == 1:
-        return caches[0].manifest.latent_std
+        return caches[0].manifest.latent_mean, caches[0].manifest.latent_std
     shares = np.array(weights) / sum(weights)
     means = np.array([cache.manifest.latent_mean for cache in caches])
     stds = np.array([cache.manifest.latent_std for cache in caches])
-    return float(np.sqrt(shares @ (stds**2 + means**2) - (shares @ means) ** 2))
+    return float(shares @ means), float(np.sqrt(shares @ (stds**2 + means**2) - (shares @ means) ** 2))

@@ -230,6 +230,7 @@ def _assemble(
         checkpoints=checkpoints,
         tracker=tracker,
         meter=meter,
+        intake=stage.intake,
         movement=Movement(engine.masters, stage.module.part_of),
         startup=startup,
         preemption=preemption,

@@ -23,7 +23,6 @@ SECTIONS = {
 }
 OTHERS = "Other numbers"
 """The section of names that no panel knows."""
-NO_DATA = "no data yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +159,7 @@ PANELS = (
     Panel("D17", "Samples, fixed captions and noise", ("samples/grid*",), "grey, or all alike", "diffusion models"),
     Panel("D17", "How samples come about", ("samples/progressive*",), "no step adds anything", "diffusion models"),
     Panel("D17", "Originals and reconstructions", ("samples/reconstructions*",), "blurred", "first stages"),
-    Panel(
-        "D18", "What the U-Net ate", ("samples/eaten*",), "captions misaligned, borders, wrong range", NO_DATA
-    ),
+    Panel("D18", "What the model ate", ("samples/eaten*",), "captions misaligned, borders, wrong range"),
     Panel("E19", "Throughput", ("perf/images_per_s*",), "below 90% of `make plan`", unit="images/s"),
     Panel("E19", "MFU", ("perf/mfu",), "below 90% of `make plan`", unit="share of the arithmetic peak"),
     Panel(
@@ -188,8 +185,13 @@ PANELS = (
         "F27", "Own captions", ("data/own_caption", "data/*/own_caption"), "unexpected", "caption files",
         "share of samples",
     ),
-    Panel("F28", "Latents against the manifest", ("data/latent_*",), "3 sigma off", NO_DATA),
-    Panel("F28", "Length of captions", ("data/caption_*",), "many cut or empty", NO_DATA),
+    Panel("F28", "Mean of scaled latents", ("data/latent_mean*",), "not what is expected", "diffusion models"),
+    Panel("F28", "Spread of scaled latents", ("data/latent_std*",), "not what is expected", "diffusion models"),
+    Panel("F28", "Length of captions", ("data/caption_tokens",), "near the most that fit", "BERT's tokens", "tokens"),
+    Panel(
+        "F28", "Captions cut and empty", ("data/caption_truncated", "data/caption_empty"), "many", "BERT's tokens",
+        "share of captions",
+    ),
     Panel(
         "G29", "Events", ("events/*",), "a failure, a rollback", "report: markers on charts, and a table",
         "1, or how many so far",

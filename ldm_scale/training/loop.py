@@ -20,6 +20,7 @@ from ldm_scale.training.control import NOTHING, Control, Wish
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
 from ldm_scale.training.guards import GarbageCollection, Guard, Policy, TrainingDiverged, Trouble
+from ldm_scale.training.intake import Intake
 from ldm_scale.training.movement import Movement
 from ldm_scale.training.steps import Metrics, Step
 from ldm_scale.training.telemetry import Startup
@@ -68,6 +69,7 @@ class Run:
     checkpoints: Checkpoints
     tracker: Tracker
     meter: Meter
+    intake: Intake
     movement: Movement
     startup: Startup
     preemption: runtime.Preemption
@@ -204,9 +206,11 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
     shares = {name: torch.tensor(share) for name, share in run.source.shares().items()}
     squares = run.movement.numbers(metrics["train/grad_norm"])
     squares |= {f"train/ema_distance_{half_life}": ratio for half_life, ratio in run.ema.distances().items()}
-    values = run.engine.mean_over_ranks({**metrics, **shares}, {**squares, **run.step.since_last_line()})
+    means, spread = run.intake.since_last_line()
+    squares |= spread
+    values = run.engine.mean_over_ranks({**metrics, **shares}, {**squares, **means, **run.step.since_last_line()})
     values |= {name: math.sqrt(values[name]) for name in squares if name in values}
-    values |= run.guard.clipped() | run.source.counts(run.images_seen)
+    values |= run.intake.expected() | run.guard.clipped() | run.source.counts(run.images_seen)
     speed = run.meter.read()
     if runtime.is_main():
         speed |= run.checkpoints.numbers(run.images_seen)

@@ -23,6 +23,7 @@ from ldm_scale.latent_diffusion.model import DiffusionConfig
 from ldm_scale.training.adversary import Adversary
 from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.engine import Engine
+from ldm_scale.training.intake import Given, Intake
 from ldm_scale.training.masters import Ratio
 
 Batch = TypeVar("Batch", contravariant=True)
@@ -87,9 +88,10 @@ class DiffusionStep:
         latent_scale: float,
         diffusion: DiffusionConfig,
         seed: int,
+        intake: Intake,
     ) -> None:
         self._engine, self._conditioner, self._seed = engine, conditioner, seed
-        self._moments, self._latent_scale, self._diffusion = moments, latent_scale, diffusion
+        self._moments, self._latent_scale, self._diffusion, self._intake = moments, latent_scale, diffusion, intake
         self._mean, self._by_timestep = _Mean(engine), LossByTimestep(diffusion.schedule.steps, engine.device)
 
     def __call__(self, batch: Any, learning_rate: float, images_seen: int) -> Metrics:
@@ -103,9 +105,10 @@ class DiffusionStep:
             positions_B=positions_B,
             global_batch=self._engine.global_batch,
         )
-        inputs, told = self._inputs(batch, positions_B)
+        inputs, dropped, told = self._inputs(batch, positions_B)
+        self._intake.take(Given(z_0_BCHW, dropped, batch.captions, batch.keys), inputs)
         with self._engine.accumulate():
-            loss_B = self._engine.model(z_0_BCHW, noise_BCHW, t_B, inputs)
+            loss_B = self._engine.model(z_0_BCHW, noise_BCHW, t_B, dropped)
             loss = loss_B.mean()
             self._engine.backward(loss)
             grad_norm = self._engine.step(learning_rate)
@@ -131,15 +134,18 @@ class DiffusionStep:
         noise_BCHW = rng.normal(self._seed, "diffusion/posterior", positions_B, tuple(moments.mean.shape[1:]))
         return moments.sample(noise_BCHW) * self._latent_scale
 
-    def _inputs(self, batch: LatentBatch | ImageBatch, positions_B: Tensor) -> tuple[Tensor | None, Metrics]:
-        """The conditioner's inputs, some replaced by its null inputs; and the share of those."""
+    def _inputs(
+        self, batch: LatentBatch | ImageBatch, positions_B: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Metrics]:
+        """The conditioner's inputs; the same, some replaced by its null inputs; and the share of those."""
         if self._conditioner is None or batch.inputs is None:
-            return None, {}
+            return None, None, {}
         inputs = batch.inputs.to(self._engine.device, non_blocking=True)
         if self._conditioner.dropout == 0:
-            return inputs, {}
+            return inputs, inputs, {}
         drop_B = rng.uniform(self._seed, "diffusion/dropout", positions_B) < self._conditioner.dropout
-        return self._conditioner.dropped(inputs, drop_B), {"train/caption_dropout": drop_B.float().mean()}
+        share = {"train/caption_dropout": drop_B.float().mean()}
+        return inputs, self._conditioner.dropped(inputs, drop_B), share
 
 
 class AutoencoderStep:
@@ -154,15 +160,17 @@ class AutoencoderStep:
         seed: int,
         codebook: CodebookWatch | None,
         adversary: Adversary | None,
+        intake: Intake,
     ) -> None:
         """`codebook` watches the first stage's, `adversary` judges what it makes; None where there is none."""
         self._engine, self._loss, self._latent_shape, self._seed = engine, loss, latent_shape, seed
-        self._codebook, self._adversary = codebook, adversary
+        self._codebook, self._adversary, self._intake = codebook, adversary, intake
         self._mean = _Mean(engine)
 
     def __call__(self, batch: ImageBatch, learning_rate: float, images_seen: int) -> Metrics:
         positions_B = batch.positions.to(self._engine.device, non_blocking=True)
         images_BCHW = batch.images.to(self._engine.device, non_blocking=True)
+        self._intake.take(Given(images_BCHW, None, batch.captions, batch.keys), None)
         noise_BCHW = rng.normal(self._seed, "autoencoder/posterior", positions_B, self._latent_shape)
         with self._engine.accumulate():
             rebuilt = self._engine.model(images_BCHW, noise_BCHW)

@@ -14,6 +14,7 @@ from ldm_scale.first_stage.base import MomentsKind
 from ldm_scale.latent_diffusion.model import DiffusionConfig, LatentDiffusion, LatentDiffusionConfig
 from ldm_scale.nn.unet import UNetConfig
 from ldm_scale.training.engine import Engine, EngineConfig, EngineKind, Precision
+from ldm_scale.training.intake import Intake
 from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import CachedMoments, DiffusionStep
 
@@ -60,7 +61,7 @@ def step_of(micro_batch: int, timesteps: TimestepDraw = TimestepDraw.uniform) ->
     engine.prepare(model, OptimizerConfig())
     return engine, DiffusionStep(
         engine, conditioner=None, moments=CachedMoments(MomentsKind.POINT), latent_scale=1.0,
-        diffusion=model.config.diffusion, seed=SEED,
+        diffusion=model.config.diffusion, seed=SEED, intake=Intake(shown=0),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import EngineConfig, EngineKind, Precision
+from ldm_scale.training.intake import Intake
 from ldm_scale.training.masters import MOMENTS
 from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import AutoencoderStep
@@ -72,8 +73,9 @@ class Training:
         self.adversary = Adversary(engine, adversarial, last) if adversarial.exists else None
         shape = first_stage.latent_shape(SIDE)
         self.step = AutoencoderStep(
-            engine, loss=loss, latent_shape=shape, seed=0, codebook=None, adversary=self.adversary
-        )
+            engine, loss=loss, latent_shape=shape, seed=0, codebook=None, adversary=self.adversary,
+            intake=Intake(shown=0),
+        )  # fmt: skip
         self.ema = EMA(engine.masters, [16])
         self.checkpoints = Checkpoints(
             directory, masters=engine.masters, ema=self.ema, module=module, companions=engine.companion_masters

@@ -27,6 +27,7 @@ from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.control import Control
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.guards import GarbageCollection, Guard, GuardConfig, Policy, TrainingDiverged, passed_over
+from ldm_scale.training.intake import Intake
 from ldm_scale.training.loop import Clock, Due, Run, fit
 from ldm_scale.training.masters import Ratio
 from ldm_scale.training.movement import Movement
@@ -129,8 +130,9 @@ def training(
     run = Run(
         engine=engine, step=step, source=source, learning_rate=lambda _: 1e-3, ema=ema, checkpoints=checkpoints,
         loader=Loader(source, global_batch=8, micro_batch=2, rank=engine.rank, world=engine.world),
-        tracker=tracker, meter=meter, movement=Movement(engine.masters, tiny.part_of), startup=Startup(),
-        preemption=runtime.Preemption(), control=Control(run_dir), guard=guard, garbage=GarbageCollection(3),
+        tracker=tracker, meter=meter, intake=Intake(shown=0),
+        movement=Movement(engine.masters, tiny.part_of), startup=Startup(), preemption=runtime.Preemption(),
+        control=Control(run_dir), guard=guard, garbage=GarbageCollection(3),
         watchdog=Watchdog(path / "stacks", minutes=1, phase_minutes=1, on_end=lambda reason: None),
         rewind=lambda to: tracker.start({}, resume_at=to), evaluate=list,
         show=lambda _: None, state={}, global_batch=8, total_images=TOTAL, log_clock=Clock(log_every),
