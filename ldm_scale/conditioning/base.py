@@ -89,6 +89,15 @@ class Conditioner(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Conditions:
         """Conditions of prepared inputs."""
 
+    def read(self, conditions: list[str]) -> Tensor:
+        """`prepare` for the stream that a training reads, in the loader's thread."""
+        return self.prepare(conditions)
+
+    def cut(self) -> tuple[int, int]:
+        """Conditions that were too long, and how many there were, in `read` since this was last asked; 0 of 0 where
+        none can be."""
+        return 0, 0
+
     def lengths(self, inputs: Tensor) -> dict[str, Tensor]:
         """What is to be known of the length of conditions, (B,) each by name; nothing where they have none."""
         return {}

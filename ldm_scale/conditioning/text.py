@@ -80,6 +80,7 @@ class TextConditioner(Conditioner):
             embedding_std=config.embedding_std,
         )
         self._tokenizer: CaptionTokenizer | None = None
+        self._counts = self._told = (0, 0)  # cut captions, and all: as counted by one thread, and told to another
 
     def load_tokenizer(self) -> CaptionTokenizer:
         """Read the tokenizer now, so that a mistake shows before training; later calls return the same one.
@@ -105,11 +106,19 @@ class TextConditioner(Conditioner):
         """The ids of the empty caption, (batch, max_length)."""
         return self.prepare([""]).expand(batch, -1)
 
+    def read(self, conditions: list[str]) -> Tensor:
+        ids_BL, cut = self.load_tokenizer().encode(require_captions(conditions))
+        self._counts = (self._counts[0] + cut, self._counts[1] + len(conditions))
+        return ids_BL
+
+    def cut(self) -> tuple[int, int]:
+        before, self._told = self._told, self._counts
+        return self._told[0] - before[0], self._told[1] - before[1]
+
     def lengths(self, inputs: Tensor) -> dict[str, Tensor]:
-        """`tokens`, first and last included; whether these are as many as fit (`truncated`: longer captions are cut,
-        and a few just fit), or no more than those two (`empty`)."""
+        """`tokens`, first and last included, and whether there are no others (`empty`)."""
         tokens_B = (inputs != self.load_tokenizer().pad_id).sum(1)
-        return {"tokens": tokens_B, "truncated": tokens_B == self.config.max_length, "empty": tokens_B == 2}
+        return {"tokens": tokens_B, "empty": tokens_B == 2}
 
     def in_words(self, inputs: Tensor, conditions: list[str]) -> list[str]:
         """The captions that the token ids spell, lower-cased and cut as the model reads them."""

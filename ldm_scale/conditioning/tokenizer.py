@@ -47,7 +47,13 @@ class CaptionTokenizer:
 
     def __call__(self, captions: list[str]) -> Tensor:
         """(B, max_length) int64, on the CPU."""
-        return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(captions)], dtype=torch.int64)
+        return self.encode(captions)[0]
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, int]:
+        """The same, and how many of the captions were cut."""
+        encodings = self._tokenizer.encode_batch(captions)
+        ids_BL = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+        return ids_BL, sum(bool(encoding.overflowing) for encoding in encodings)
 
     def digest(self) -> str:
         """sha256 of the vocabulary: which piece has which id."""

@@ -244,7 +244,7 @@ class DiffusionStage(Stage):
         self._first_stage = loading.first_stage(job.first_stage).to(device)
         self._text_encoder = loading.text_encoder(job.conditioning)
         self.module: LatentDiffusion = job.latent_diffusion.build_trained()
-        prepare = None if self.module.conditioner is None else self.module.conditioner.prepare
+        prepare = None if self.module.conditioner is None else self.module.conditioner.read
         if self._text_encoder is not None and isinstance(self.module.conditioner, CachedTextConditioner):
             self.module.conditioner.use(self._text_encoder.to(device))
             prepare = None

@@ -88,11 +88,15 @@ class Intake:
     def since_last_line(self) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
         """Means over all that was given since this was last called, and means of squares, whose roots are told.
 
-        `data/latent_std` is the root mean square distance from the mean that was expected.
+        `data/latent_std` is the root mean square distance from the mean that was expected; `data/caption_truncated` is
+        of the captions that were read meanwhile, some of them ahead.
         """
         count = torch.tensor(float(self._count))
         found = {name: (total, count) for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
+        if self._conditioner is not None:
+            cut, read = self._conditioner.cut()
+            found["data/caption_truncated"] = torch.tensor(float(cut)), torch.tensor(float(read))
         squares = {name: found.pop(name) for name in ("data/latent_std",) if name in found}
         return found, squares
 

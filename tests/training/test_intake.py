@@ -19,7 +19,7 @@ from ldm_scale.training.intake import Intake, Spread
 from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import CachedMoments, DiffusionStep
 
-CAPTIONS = ["a red circle", "", "a blue square left of a red circle", "a green star"]
+CAPTIONS = ["a red circle", "", "a blue square left of a red circle", "a green star", "a red star above a circle"]
 SCALE, LENGTH = 0.5, 8
 
 
@@ -55,7 +55,7 @@ Trained = tuple[Engine, Intake, Denoiser]
 @pytest.fixture
 def trained(conditioner: TextConditioner) -> Iterator[Trained]:
     """Two global batches in four micro batches; each row is told the caption of the row after it."""
-    engine = EngineConfig(kind=EngineKind.one_process, precision=Precision.fp32).build(global_batch=8, micro_batch=4)
+    engine = EngineConfig(kind=EngineKind.one_process, precision=Precision.fp32).build(global_batch=10, micro_batch=5)
     model = Denoiser()
     engine.prepare(model, OptimizerConfig())
     objective = ObjectiveConfig(prediction=Prediction.eps)
@@ -64,9 +64,11 @@ def trained(conditioner: TextConditioner) -> Iterator[Trained]:
         engine, conditioner=conditioner, moments=CachedMoments(MomentsKind.POINT), latent_scale=SCALE,
         diffusion=DiffusionConfig(schedule=ScheduleConfig(), objective=objective), seed=0, intake=intake,
     )  # fmt: skip
-    memory, told = torch.empty(4, 4, 4, 4), conditioner.prepare(CAPTIONS)  # as a loader's, which it fills anew
-    for positions in torch.arange(16).split(4):
+    conditioner.cut()
+    memory = torch.empty(5, 4, 4, 4)  # as a loader's, which it fills anew
+    for positions in torch.arange(20).split(5):
         memory.copy_(latents(positions))
+        told = conditioner.read(CAPTIONS)
         keys = [f"key{position}" for position in positions]
         step(LatentBatch(positions, keys, CAPTIONS, memory, told.roll(-1, 0)), learning_rate=0.0, images_seen=0)
     memory.zero_()
@@ -80,34 +82,39 @@ def test_the_newest_samples_are_shown_as_the_model_was_given_them(
     _, intake, model = trained
     given = intake.newest()
     assert given is not None and given.told is not None
-    assert given.keys == [f"key{position}" for position in range(8, 14)]
-    assert torch.equal(given.samples, latents(torch.arange(8, 14)) * SCALE)
+    assert given.keys == [f"key{position}" for position in range(10, 16)]
+    assert torch.equal(given.samples, latents(torch.arange(10, 16)) * SCALE)
     assert torch.equal(given.told, torch.cat(model.given[2:])[:6])
     words = conditioner.in_words(given.told, given.captions)
-    dropped = rng.uniform(0, "diffusion/dropout", torch.arange(8, 14)) < conditioner.dropout
+    dropped = rng.uniform(0, "diffusion/dropout", torch.arange(10, 16)) < conditioner.dropout
     assert dropped.any() and not dropped.all()
-    told = ["", "a blue square left of a", "a green star", "a red circle"]  # not each row's own: it shows
-    assert words == ["" if gone else told[row % 4] for row, gone in enumerate(dropped)]
+    told = [
+        "",
+        "a blue square left of a",
+        "a green star",
+        "a red star above a circle",
+        "a red circle",
+    ]  # not each row's own: it shows
+    assert words == ["" if gone else told[row % 5] for row, gone in enumerate(dropped)]
 
 
 def test_a_line_tells_of_all_that_was_given_since_the_one_before(trained: Trained) -> None:
-    """Captions as they were before any was dropped: [CLS], three words and [SEP] make five tokens."""
+    """Captions as they were before any was dropped: [CLS], three words and [SEP] make five tokens; eight just fit."""
     engine, intake, _ = trained
     means, squares = intake.since_last_line()
-    z = latents(torch.arange(16)) * SCALE
+    z = latents(torch.arange(20)) * SCALE
     found = engine.mean_over_ranks({}, {**means, **squares})
     assert found == pytest.approx(
         {
             "data/latent_mean": float(z.mean()),
             "data/latent_std": float((z - 1.5).square().mean()),
-            "data/caption_tokens": (5 + 2 + LENGTH + 5) / 4,
-            "data/caption_truncated": 0.25,
-            "data/caption_empty": 0.25,
+            "data/caption_tokens": (5 + 2 + LENGTH + 5 + LENGTH) / 5,
+            "data/caption_truncated": 0.2,
+            "data/caption_empty": 0.2,
         },
         rel=1e-5,
     )
-    assert engine.mean_over_ranks({}, dict.fromkeys(("nothing",), (torch.zeros(()), torch.zeros(())))) == {}
-    assert intake.since_last_line() == ({}, {})
+    assert engine.mean_over_ranks({}, intake.since_last_line()[0]) == {}
     assert intake.expected() == {"data/latent_mean_expected": 1.5, "data/latent_std_expected": 1.0}
 
 
