@@ -14,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_scale.core import storage, weights
+from ldm_scale.core import rng, storage, weights
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.jobs import dashboard
+from ldm_scale.core.tensors import to_uint8
+from ldm_scale.first_stage.base import Moments, MomentsKind
+from ldm_scale.jobs import config, dashboard, loading
+from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.summary import closing
 from ldm_scale.tracking.panels import OTHERS, PANELS, layout, section
 from ldm_scale.training.checkpoint_files import find, read_consolidated, read_state
@@ -91,6 +94,24 @@ def test_a_run_directory_tells_the_whole_story(undisturbed: RunDir) -> None:
     assert [line["weights"] for line in scored] == ["ema/32", "raw"] * 3
     (averaged, raw) = (curve(undisturbed, name) for name in ("val/loss", "val/loss_raw"))
     assert averaged[0] == raw[0] and averaged[-1] != raw[-1]
+
+
+@pytest.mark.slow
+def test_the_newest_batches_are_shown_as_the_unet_was_given_them(world: Any, undisturbed: RunDir) -> None:
+    """The first of the last 16: drawn from its posterior and scaled as in its step, decoded, to a grey value."""
+    overrides = world.tiny_training("name=undisturbed")[2:]
+    job: TrainJob = config.compose("train", overrides)
+    source = job.data.latent_source(job.data.open_latents(), job.seed)
+    at = torch.tensor([80])
+    moments = Moments.unpack(source.read(at.numpy()).moments, MomentsKind.GAUSSIAN)
+    noise = rng.normal(job.seed, "diffusion/posterior", at, tuple(moments.mean.shape[1:]))
+    image = loading.first_stage(job.first_stage).decode(moments.sample(noise)).clamp(-1, 1)
+    expected = to_uint8(image[0]).permute(1, 2, 0).detach().numpy().astype(int).repeat(4, 0).repeat(4, 1)
+    (file,) = undisturbed.media.glob("samples__eaten/*.png")  # none at image 0: nothing had been given
+    assert file.stem == "000000000096"
+    page = np.asarray(Image.open(file)).astype(int)
+    apart = [np.abs(page[top : top + 128, 16:144] - expected).max() for top in range(16, 80)]
+    assert min(apart) <= 1
 
 
 @pytest.mark.slow

@@ -290,7 +290,7 @@ class Chart {
     }
     for (const { label: text, value } of this.levels) {
       this.svg.append(make("line", { class: "level", x1: left, x2: width - right, y1: this.y(value), y2: this.y(value) }),
-        make("text", { x: width - right, y: this.y(value) - 4, "text-anchor": "end" }, `${text}: ${tidy(value)}`));
+        make("text", { class: "held", x: width - right, y: this.y(value) - 4, "text-anchor": "end" }, `${text}: ${tidy(value)}`));
     }
     if (!several) this.mark(x0, x1, top, height - bottom);
     this.curves.forEach((curve, i) => {
