@@ -1,11 +1,14 @@
 """Inference weights out of a training run: any checkpoint, raw or averaged. Needs no process group and no GPU.
 
 python -m ldm_scale.jobs.export RUN|CHECKPOINT OUT [--weights raw|ema|ema/HALF_LIFE] [--diffusers]
+                                                   [--artifact references|files]
 
 OUT/first_stage, OUT/latent_diffusion   `sample.py model=OUT`, `init=OUT`, `first_stage.checkpoint=OUT/first_stage`
 OUT/tokenizer.json                      a copy, where the model's tokenizer is a file or directory
 OUT/diffusers                           asked for: what diffusers' `from_pretrained` reads
 OUT/export.json                         which run, checkpoint and weights these are; written last
+
+`--artifact` logs OUT to W&B too, in a run of its own beside the training's: where it lies, with digests, or the files.
 """
 
 import argparse
@@ -26,6 +29,8 @@ from ldm_scale.interop import bundle as bundles
 from ldm_scale.interop import diffusers
 from ldm_scale.interop.bundle import Bundle
 from ldm_scale.jobs import loading
+from ldm_scale.tracking.artifacts import Artifacts, send_weights
+from ldm_scale.tracking.weights_and_biases import Place, run_id
 from ldm_scale.training import checkpoint_files
 from ldm_scale.training.checkpoint_files import CheckpointError
 
@@ -122,6 +127,18 @@ def _copied(source: str, out: Path) -> str:
     return str(copy)
 
 
+def _logged(run_dir: RunDir, out: Path, how: Artifacts) -> str:
+    """Log what was written to W&B; returns what to tell the user."""
+    folder = run_dir.path / "export"
+    folder.mkdir(exist_ok=True)
+    run = Place.of(storage.read_json(run_dir.config)).beside(run_dir, "export", folder=folder)
+    name = f"export-{run_id(run_dir)}"
+    send_weights(run, name, out, how, storage.read_json(out / "export.json"))
+    run.finish()
+    where = f"wandb sync {Path(run.dir).parent}" if run.offline else run.url
+    return f"  W&B artifact {name}: {where}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ldm_scale.jobs.export", description=__doc__)
@@ -129,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="a training run (its newest sound checkpoint) or one of its checkpoints")
     parser.add_argument("out", type=Path, help="where the model directory is written")
     parser.add_argument("--weights", default="ema", help="raw, ema (the first half-life) or ema/HALF_LIFE")
+    parser.add_argument("--artifact", choices=["references", "files"], help="log OUT to W&B: where it lies, or whole")
     parser.add_argument("--diffusers", action="store_true", help="write OUT/diffusers too")
     arguments = parser.parse_args(argv)
     runtime.configure_logging()
@@ -141,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{arguments.weights} weights of {exported.checkpoint}")
     for path in written:
         print(f"  wrote {path}")
+    if arguments.artifact:
+        print(_logged(locate(arguments.run)[0], arguments.out, Artifacts(arguments.artifact)))
     return 0
 
 

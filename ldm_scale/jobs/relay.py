@@ -105,10 +105,9 @@ class Relay:
                 f"no key for W&B at {settings.base_url}, or no answer from there: wandb login, or set "
                 "WANDB_MODE=offline for files that wandb sync uploads"
             )
-        place = Place(**{name: config["tracker"][name] for name in ("project", "entity", "group", "tags")})
         self._run_dir, self._folder = run_dir, run_dir.path / "relay"
         before = _summary(self._folder / "wandb") if offline else {}
-        self._run = place.open(run_dir, "offline" if offline else "online", config, folder=self._folder)
+        self._run = Place.of(config).open(run_dir, "offline" if offline else "online", config, folder=self._folder)
         self._run.define_metric(_BESIDE, hidden=True)
         self._last = max(before.get("_step", -1), self._run.starting_step - 1)
         self._beside = int(before.get(_BESIDE, self._run.summary.get(_BESIDE, 0)))

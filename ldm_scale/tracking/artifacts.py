@@ -8,11 +8,11 @@ What W&B copies of them before it uploads lies in the run directory too, and not
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm_scale.core.run_dir import RunDir
 
@@ -35,35 +35,40 @@ class Artifacts(Enum):
 
 
 def send_artifacts(run: "wandb.Run", run_dir: RunDir, how: Artifacts, images_seen: int) -> None:
-    """Log both artifacts, offline too: `wandb sync` then uploads what is to be uploaded."""
+    """Log both artifacts of a training, offline too: `wandb sync` then uploads what is to be uploaded."""
     if how is Artifacts.none:
         return
     import wandb
 
+    about = {"images_seen": images_seen, "run": str(run_dir.path)}
+    send_weights(run, f"weights-{run.id}", run_dir.weights, how, about)
+    manifests = wandb.Artifact(f"manifests-{run.id}", type="manifests", metadata=about)
+    told = [path for path in (run_dir.config, run_dir.repro, *sorted(run_dir.manifests.glob("*"))) if path.exists()]
     with staged_in(run_dir.wandb):
-        weights, manifests = (
-            wandb.Artifact(
-                f"{kind}-{run.id}", type=kind, metadata={"images_seen": images_seen, "run": str(run_dir.path)}
-            )
-            for kind in ("weights", "manifests")
-        )
-        held = sorted(path for path in run_dir.weights.rglob("*") if path.is_file())
-        for path in held:
-            name = str(path.relative_to(run_dir.weights))
-            if how is Artifacts.references:
-                weights.add_reference(f"file://{path.absolute()}", name=name)
-            else:  # as it is: a copy would take as much room again
-                weights.add_file(str(path), name=name, policy="immutable", skip_cache=True)
-        told = [
-            *(path for path in (run_dir.config, run_dir.repro) if path.exists()),
-            *sorted(run_dir.manifests.glob("*")),
-        ]
         for path in told:
             manifests.add_file(str(path), name=path.name, skip_cache=True)
-        for artifact in (weights, manifests):
-            run.log_artifact(artifact, aliases=[f"images_{images_seen}"])
-    upload = "referred to" if how is Artifacts.references else "uploaded"
-    _LOG.info("W&B artifacts: weights %s (%s), manifests uploaded (%s)", upload, _size(held), _size(told))
+        run.log_artifact(manifests, aliases=[f"images_{images_seen}"])
+    _LOG.info("W&B artifact %s: uploads %s", manifests.name, _size(told))
+
+
+def send_weights(run: "wandb.Run", name: str, folder: Path, how: Artifacts, about: Mapping[str, Any]) -> None:
+    """Log every file of a model directory as one artifact.
+
+    about  what is known of it, `images_seen` among it
+    """
+    import wandb
+
+    weights = wandb.Artifact(name, type="weights", metadata=dict(about))
+    held = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in held:
+        inside = str(path.relative_to(folder))
+        if how is Artifacts.references:
+            weights.add_reference(f"file://{path.absolute()}", name=inside)
+        else:  # as it is: a copy would take as much room again
+            weights.add_file(str(path), name=inside, policy="immutable", skip_cache=True)
+    run.log_artifact(weights, aliases=[f"images_{about['images_seen']}"])
+    does = "refers to" if how is Artifacts.references else "uploads"
+    _LOG.info("W&B artifact %s: %s %s", name, does, _size(held))
 
 
 @contextmanager

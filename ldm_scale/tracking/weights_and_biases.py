@@ -66,6 +66,11 @@ class Place:
     group: str | None = None
     tags: Sequence[str] = ()
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Place":
+        """That of a run, by its resolved configuration."""
+        return cls(**{name: config["tracker"][name] for name in ("project", "entity", "group", "tags")})
+
     def open(
         self, run_dir: RunDir, mode: Literal["online", "offline"], config: dict[str, Any], *, folder: Path
     ) -> "wandb.Run":
@@ -73,6 +78,19 @@ class Place:
 
         raises  what wandb raises, where the server does not answer within seconds
         """
+        run = self._init(mode, folder, id=run_id(run_dir), name=shown_name(run_dir), resume="allow", config=config)
+        run.define_metric(_AXIS, hidden=True)
+        run.define_metric("*", step_metric=_AXIS)
+        return run
+
+    def beside(self, run_dir: RunDir, job_type: str, *, folder: Path) -> "wandb.Run":
+        """A run of its own, for what is made of a training; as `open`, online where that is possible."""
+        import wandb
+
+        mode: Literal["online", "offline"] = "online" if may_go_online(wandb.setup().settings) else "offline"
+        return self._init(mode, folder, name=f"{shown_name(run_dir)} {job_type}", job_type=job_type)
+
+    def _init(self, mode: Literal["online", "offline"], folder: Path, **named: Any) -> "wandb.Run":
         import wandb
 
         settings = wandb.Settings(
@@ -86,22 +104,16 @@ class Place:
             disable_job_creation=True,
         )
         with _told_no_secrets():
-            run = wandb.init(
-                id=run_id(run_dir),
-                name=shown_name(run_dir),
-                resume="allow",
+            return wandb.init(
                 reinit="create_new",
                 dir=folder,
-                config=config,
                 settings=settings,
                 project=self.project,
                 entity=self.entity,
                 group=self.group,
                 tags=list(self.tags),
+                **named,
             )
-        run.define_metric(_AXIS, hidden=True)
-        run.define_metric("*", step_metric=_AXIS)
-        return run
 
 
 class Rows:

@@ -1,5 +1,8 @@
 """Weights out of a run: the same pictures from the run and from what was exported, in both layouts."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,20 @@ def test_the_same_pictures_from_the_run_and_from_the_export(
     raw = drawn(world, tmp_path / "c", f"run_dir={trained.path}", "weights=raw")
     assert len(ours) == 2 and all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
     assert not np.array_equal(ours[0], raw[0])
+
+
+def test_an_export_is_an_artifact_where_it_is_asked_for(world: Any, trained: RunDir, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ldm_scale.jobs.export", str(trained.path), str(tmp_path / "model")]
+    said = world.run([*command, "--artifact", "references"])
+    (part,) = (trained.path / "export" / "wandb").glob("offline-run-*")
+    assert f"wandb sync {part}" in said
+    leet = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(part)]
+    lines = subprocess.run(leet, capture_output=True, text=True, check=True).stdout.splitlines()
+    (artifact,) = (one["artifact"] for one in map(json.loads, lines) if one["type"] == "artifact")
+    found = {one["path"]: one["ref"].removeprefix("file://") for one in artifact["manifest"]["contents"]}
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert found == {str(path.relative_to(tmp_path / "model")): str(path) for path in files}
+    assert json.loads(artifact["metadata"])["weights"] == "ema" and "images_32" in artifact["aliases"]
 
 
 @pytest.mark.parametrize("which, kind", [("raw", "weight"), ("ema", "ema/32"), ("ema/64", "ema/64")])

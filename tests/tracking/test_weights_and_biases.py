@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ def test_artifacts_and_the_table_of_samples_can_be_read_back(tmp_path, environme
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_bytes(content)
     said = train(run, 0, 40, "finished", environment | {"ARTIFACTS": how})
-    assert f"weights {'referred to' if how == 'references' else 'uploaded'} (2 files, 0.0 MB), manifests up" in said
+    does = "refers to" if how == "references" else "uploads"
+    assert f"W&B artifact weights-{run_id(RunDir(run))}: {does} 2 files, 0.0 MB" in said
     (part,) = parts(run)
     logged = [json.loads(line) for line in inspect(part, "--json").splitlines()]
     found = {record["artifact"]["type"]: record["artifact"] for record in logged if record["type"] == "artifact"}
@@ -88,6 +90,39 @@ def test_artifacts_and_the_table_of_samples_can_be_read_back(tmp_path, environme
     assert [row[:4] for row in content["data"]] == [["samples/grid", side, 3, "ema/32"] for side in ("left", "right")]
     right = np.asarray(Image.open(shown[content["data"][1][4]["path"]]))
     assert right.shape == (6, 4, 3) and (right == 140).all()
+
+
+ALERTS = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.tracking.alerts import alert_of
+from ldm_scale.tracking.weights_and_biases import Place, send_alert
+
+run_dir = RunDir(Path(sys.argv[1]))
+run = Place(project="trial").open(run_dir, "offline", {}, folder=run_dir.path)
+send_alert(run, run_dir, alert_of("preempted", {}))
+online = SimpleNamespace(offline=False, alert=run.alert)
+diverged = {"start": 640, "why": "the loss is nan", "action": "rollback", "samples": []}
+for kind, fields in {"trouble": diverged, "failed": {"reason": "Diverged"}, "stopped": {"reason": "by hand"}}.items():
+    send_alert(online, run_dir, alert_of(kind, fields))
+run.finish()
+"""
+
+
+def test_wandb_takes_alerts_of_divergence_and_of_the_end_and_none_offline(tmp_path, environment):
+    """There is no network here: what a real run is told, once as if it were online."""
+    run = tmp_path / "debug" / "first"
+    run.mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", ALERTS, str(run)], env=environment, check=True, timeout=120)
+    (part,) = parts(run)
+    records = [json.loads(line) for line in inspect(part, "--json").splitlines()]
+    alerts = [record["alert"] for record in records if record["type"] == "alert"]
+    assert [(alert["level"], alert["title"]) for alert in alerts] == [
+        ("WARN", "trouble: debug/first"), ("ERROR", "failed: debug/first"), ("INFO", "stopped: debug/first"),
+    ]  # fmt: skip
+    assert "after 640 images the loss is nan" in alerts[0]["text"] and alerts[1]["text"] == "Diverged"
 
 
 @pytest.mark.parametrize(
