@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.training.guards import GuardConfig, Policy, Usual
+from ldm_scale.training.guards import Guard, GuardConfig, Policy, Usual
 
 BAD = list(range(32, 40, 4))  # where the micro batches begin that hold guarded.POISONED, on rank 0 of 2
 NAN = {"key": f"sample{guarded.POISONED}", "value": "nan", "rank": 1}
@@ -211,3 +211,39 @@ def test_zero_does_the_same(policy: str, launch: Any, tmp_path: Path) -> None:
     assert [line["samples"][0] for line in told["trouble"]] == [NAN]
     skipped_too = [0, *range(4, 32, 4), *range(40, guarded.TOTAL, 4)]
     assert [start for start in ranks[0]["starts"] if start not in BAD] == skipped_too
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    run_dir = RunDir(path)
+    return [line for line in run_dir.read_lines(run_dir.metrics) if "train/loss" in line]
+
+
+def test_the_share_of_clipped_steps_is_of_all_since_the_last_line(engine: Any, tmp_path: Path) -> None:
+    """Every step's norm is in one run's lines; the same steps, told of in pairs, in another's."""
+    clip = engine.grad_clip = 1.8  # about half of the steps are above it
+    trained(engine, tmp_path / "each", guarded.Source(factor=1.0))
+    other = tiny.engine_of("one_process", grad_clip=clip)
+    trained(other, tmp_path / "pairs", guarded.Source(factor=1.0), log_every=16)
+    other.close()
+    flags = [line["train/grad_norm"] > clip for line in lines(tmp_path / "each")]
+    assert [line["train/clipped"] for line in lines(tmp_path / "each")] == flags
+    pairs = [sum(pair) / 2 for pair in zip(flags[::2], flags[1::2], strict=True)]
+    assert [line["train/clipped"] for line in lines(tmp_path / "pairs")] == pairs
+    assert 0.5 in pairs
+
+
+def test_clipped_steps_are_carried_over_a_resume_and_untold_where_nothing_clips(engine: Any) -> None:
+    def took(guard: Guard, *norms: float) -> None:
+        for norm in norms:
+            metrics = {"train/loss": torch.tensor(1.0), "train/grad_norm": torch.tensor(norm)}
+            guard.hear(0, metrics, told_to_stop=False, at_once=True)
+
+    first, second = Guard(GuardConfig(), engine), Guard(GuardConfig(), engine)
+    took(first, 0.4, 0.6, 0.7)
+    second.resume({"guard": json.loads(json.dumps(first.state()))})
+    took(second, 0.4)
+    assert second.clipped() == {"train/clipped": 0.5}
+    second.resume({"guard": {"loss": {}, "gradient norm": {}}})  # from before they were counted
+    assert second.clipped() == {"train/clipped": 0.0}
+    engine.grad_clip = 0.0
+    assert second.clipped() == {}
