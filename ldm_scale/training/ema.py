@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_scale.core import runtime
-from ldm_scale.training.masters import Masters, Ratio, chunks, share, square_sum
+from ldm_scale.training.masters import Masters, Ratio, chunked, laid_out, share, square_sum
 
 RAMP = 0.05
 
@@ -36,6 +36,11 @@ class EMA:
         }
         """Float32 tensors aligned with the masters, by half-life."""
         assert all(t.dtype == torch.float32 for shadow in self.shadows.values() for t in shadow)
+        mine = share(masters, runtime.rank(), runtime.world())
+        self._chunks = [
+            [laid_out(tensors, pieces) for tensors in (masters.tensors, *self.shadows.values())]
+            for pieces in chunked(mine, masters.tensors[0].device)
+        ]
 
     def reset(self) -> None:
         """Start again at the current weights."""
@@ -74,8 +79,8 @@ class EMA:
         """
         zero = torch.zeros((), device=self._masters.tensors[0].device)
         whole, apart = zero, dict.fromkeys(self.shadows, zero)
-        mine = share(self._masters, runtime.rank(), runtime.world())
-        for weights, *averages in chunks(mine, self._masters.tensors, *self.shadows.values()):
+        for chunk in self._chunks:
+            weights, *averages = (torch.cat(views) for views in chunk)
             whole = whole + square_sum(weights)
             for half_life, average in zip(apart, averages, strict=True):
                 apart[half_life] = apart[half_life] + square_sum(average.sub_(weights))

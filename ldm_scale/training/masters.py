@@ -25,7 +25,7 @@ A version that lacks one of them is refused with its name.
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 _TESTED_DEEPSPEED = "0.19.8"
 _GATHERED_ELEMENTS = 2**26  # elements in flight on rank 0 while weights are consolidated: 256 MiB of float32
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # that `chunks` copies of a list: what a cache holds, or 64 MiB
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # of a `chunked` piece of a list: what a cache holds, or 64 MiB
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Aligned = Sequence[Tensor] | Mapping[int, Tensor]
@@ -186,51 +186,41 @@ def share(masters: Masters, rank: int, world: int) -> list[Piece]:
     return mine
 
 
-@torch.no_grad()
-def chunks(pieces: Sequence[Piece], *lists: Aligned) -> Iterator[tuple[Tensor, ...]]:
-    """Copies of what pieces hold of lists aligned with the masters, some of it at a time: for sums.
-
-    Elements come in the order in which a whole master lies in memory, so that nothing is copied twice; the same in all
-    lists, and each once over all ranks' shares.
-    """
-    limit = _CHUNK_ELEMENTS[lists[0][pieces[0].master].device.type] if pieces else 0
+def chunked(pieces: Sequence[Piece], device: torch.device) -> Iterator[list[Piece]]:
+    """The same pieces, long ones cut, together as many as are copied at once for sums over them."""
+    limit = _CHUNK_ELEMENTS[device.type]
     held, room = list[Piece](), limit
-    for piece in _short(pieces, limit):
-        if piece.numel > room:
-            yield _copied(held, lists)
-            held, room = [], limit
-        held.append(piece)
-        room -= piece.numel
+    for p in pieces:
+        for begin in range(0, p.numel, limit):
+            numel = min(limit, p.numel - begin)
+            if numel > room:
+                yield held
+                held, room = [], limit
+            held.append(Piece(p.name, p.shape, p.start + begin, numel, p.master, p.offset + begin))
+            room -= numel
     if held:
-        yield _copied(held, lists)
+        yield held
+
+
+def laid_out(tensors: Aligned, pieces: Iterable[Piece]) -> list[Tensor]:
+    """What pieces hold of tensors aligned with the masters, flat; views, where tensors are dense.
+
+    Elements come in the order in which a whole master lies in memory, not in their logical one: for sums, over tensors
+    of equal strides.
+    """
+    flats = []
+    for piece in pieces:
+        tensor = tensors[piece.master].detach()
+        if not tensor.is_contiguous():
+            tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+        flat = tensor.reshape(-1)
+        flats.append(flat if piece.numel == flat.numel() else flat[piece.offset : piece.offset + piece.numel])
+    return flats
 
 
 def square_sum(values: Tensor) -> Tensor:
     """The sum of squares, () on the device."""
     return torch.linalg.vector_norm(values).square()
-
-
-def _short(pieces: Sequence[Piece], limit: int) -> Iterator[Piece]:
-    """The same pieces, long ones cut."""
-    for p in pieces:
-        if p.numel <= limit:
-            yield p
-            continue
-        for begin in range(0, p.numel, limit):
-            numel = min(limit, p.numel - begin)
-            yield Piece(p.name, p.shape, p.start + begin, numel, p.master, p.offset + begin)
-
-
-def _copied(pieces: Sequence[Piece], lists: Sequence[Aligned]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat([_laid_out(tensors[piece.master], piece) for piece in pieces]) for tensors in lists)
-
-
-def _laid_out(tensor: Tensor, piece: Piece) -> Tensor:
-    """Elements of a master in the order in which they lie in memory; a view of a dense tensor."""
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
-    flat = tensor.reshape(-1)
-    return flat if piece.numel == flat.numel() else flat[piece.offset : piece.offset + piece.numel]
 
 
 def plain_masters(module: nn.Module, adam: torch.optim.AdamW, prefix: str = "") -> Masters:

@@ -11,13 +11,23 @@ Every rank adds up its share of the masters.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm_scale.core import runtime
-from ldm_scale.training.masters import MOMENTS, Masters, Piece, Ratio, chunks, share, square_sum
+from ldm_scale.training.masters import MOMENTS, Masters, Piece, Ratio, chunked, laid_out, share, square_sum
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Pieces of one part; of weights and both moments, a view of each."""
+
+    part: str
+    pieces: list[Piece]
+    views: list[list[Tensor]]
 
 
 class Movement:
@@ -29,6 +39,7 @@ class Movement:
         self._parts: dict[str, list[Piece]] = {part_of(name): [] for name in masters.shapes}
         for piece in share(masters, runtime.rank(), runtime.world()):
             self._parts[part_of(piece.name)].append(piece)
+        self._chunks: dict[tuple[int, ...], list[_Chunk]] = {}
         self._watching = False
         self._forget()
         masters.adam.register_step_pre_hook(self._pulled)
@@ -66,26 +77,34 @@ class Movement:
 
     def _pulled(self, adam: torch.optim.Optimizer, *unused: Any) -> None:
         gradients = {i: m.grad for i, m in enumerate(self._masters.tensors) if self._watching and m.grad is not None}
-        for _group, part, pieces in self._present(adam):
-            for (gradient,) in chunks(pieces, gradients):
-                self._pulls[part] = self._pulls[part] + square_sum(gradient)
+        for _group, chunk in self._present(adam):
+            gradient = torch.cat(laid_out(gradients, chunk.pieces))
+            self._pulls[chunk.part] = self._pulls[chunk.part] + square_sum(gradient)
 
     def _moved(self, adam: torch.optim.Optimizer, *unused: Any) -> None:
-        lists = [self._masters.tensors, *map(self._masters.moments, MOMENTS)] if self._watching else []
-        for group, part, pieces in self._present(adam):
+        for group, chunk in self._present(adam):
             rate, decay, eps, (beta_1, beta_2) = (group[key] for key in ("lr", "weight_decay", "eps", "betas"))
-            steps = adam.state[self._masters.tensors[pieces[0].master]]["step"].double()
-            for weights, first, second in chunks(pieces, *lists):
-                root = second.sqrt_().div_((1 - beta_2**steps).sqrt())
-                move = first.mul_(rate / (1 - beta_1**steps)).div_(root.add_(eps))
-                move.add_(weights, alpha=rate * decay).div_(1 - rate * decay)
-                self._moves[part] = self._moves[part] + square_sum(move)
-                self._weights[part] = self._weights[part] + square_sum(weights)
+            steps = adam.state[self._masters.tensors[chunk.pieces[0].master]]["step"].double()
+            weights, first, second = (torch.cat(views) for views in chunk.views)
+            root = second.sqrt_().div_((1 - beta_2**steps).sqrt())
+            move = first.mul_(rate / (1 - beta_1**steps)).div_(root.add_(eps))
+            move.add_(weights, alpha=rate * decay).div_(1 - rate * decay)
+            self._moves[chunk.part] = self._moves[chunk.part] + square_sum(move)
+            self._weights[chunk.part] = self._weights[chunk.part] + square_sum(weights)
 
-    def _present(self, adam: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str, list[Piece]]]:
+    def _present(self, adam: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], _Chunk]]:
         """What this call of the optimizer moves, while it is watched; DeepSpeed calls it for one group at a time."""
         for group in adam.param_groups if self._watching else ():
-            here = {id(master) for master in group["params"] if master.grad is not None}
-            for part, pieces in self._parts.items():
-                if mine := [piece for piece in pieces if id(self._masters.tensors[piece.master]) in here]:
-                    yield group, part, mine
+            here = tuple(id(master) for master in group["params"] if master.grad is not None)
+            if here not in self._chunks:
+                self._chunks[here] = list(self._chunks_of(set(here)))
+            for chunk in self._chunks[here]:
+                yield group, chunk
+
+    def _chunks_of(self, here: set[int]) -> Iterator[_Chunk]:
+        """This rank's share of some masters; views of them are made once, since they stay where they are."""
+        masters = self._masters.tensors
+        lists = [masters, *map(self._masters.moments, MOMENTS)]
+        for part, own in self._parts.items():
+            for pieces in chunked([piece for piece in own if id(masters[piece.master]) in here], masters[0].device):
+                yield _Chunk(part, pieces, [laid_out(tensors, pieces) for tensors in lists])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ldm_scale.training import masters as masters_module
-from ldm_scale.training.masters import Masters, chunks, plain_masters, share, zero_masters
+from ldm_scale.training.masters import Masters, chunked, laid_out, plain_masters, share, zero_masters
 from ldm_scale.training.optimizer import OptimizerConfig
 
 
@@ -88,17 +88,19 @@ def test_replicated_masters_are_shared_out_exactly_once(world):
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
-def test_chunks_hold_every_element_once_in_the_same_order_in_all_lists(memory, monkeypatch):
+def test_chunks_hold_every_element_once_and_in_the_same_order_in_all_lists(memory, monkeypatch):
     monkeypatch.setattr(masters_module, "_CHUNK_ELEMENTS", {"cpu": 500})
     masters = masters_of(tiny.tiny().to(memory_format=memory))
     other = [tensor.detach() * 2 + 1 for tensor in masters.tensors]
     assert other[0].stride() == masters.tensors[0].stride()
-    held = [chunk for rank in range(3) for chunk in chunks(share(masters, rank, 3), masters.tensors, other)]
-    assert max(len(ours) for ours, _ in held) == 500
-    assert all(torch.equal(theirs, ours * 2 + 1) for ours, theirs in held)
+    chunks = [chunk for rank in range(3) for chunk in chunked(share(masters, rank, 3), torch.device("cpu"))]
+    ours, theirs = ([torch.cat(laid_out(tensors, chunk)) for chunk in chunks] for tensors in (masters.tensors, other))
+    assert max(map(len, ours)) == 500
+    assert torch.equal(torch.cat(theirs), torch.cat(ours) * 2 + 1)
     everything = torch.cat([tensor.detach().flatten() for tensor in masters.tensors])
-    assert torch.equal(torch.cat([ours for ours, _ in held]).sort()[0], everything.sort()[0])
-    assert all(torch.equal(tensor.detach() * 2 + 1, now) for tensor, now in zip(masters.tensors, other, strict=True))
+    assert torch.equal(torch.cat(ours).sort()[0], everything.sort()[0])
+    views = laid_out(masters.tensors, masters.pieces)
+    assert all(view.data_ptr() == tensor.data_ptr() for view, tensor in zip(views, masters.tensors, strict=True))
 
 
 def test_a_deepspeed_without_an_attribute_is_refused_by_name():
