@@ -137,8 +137,9 @@ class Rows:
             run.define_metric(name, step_metric=_AXIS, summary=best and f"{best},last")
         self._defined |= values.keys()
         run.log({**values, _AXIS: images_seen}, step=number, commit=True)
-        for name in values.keys() & self._best.keys():
-            run.summary[name] = {panel_of(name).best: self._best[name], "last": values[name]}
+        scores = values.keys() & self._best.keys()
+        if scores:
+            run.summary.update({name: {panel_of(name).best: self._best[name], "last": values[name]} for name in scores})
 
 
 class Wandb:

@@ -60,6 +60,8 @@ def test_without_a_network_the_workspace_is_written(
     assert metrics_of(spec) == dashboard.logged(run_dir) - {"train/images_seen"}
     sections = spec["section"]["panelBankConfig"]["sections"]
     assert [part["name"][0] for part in sections] == ["A", "B", "C", "E", "E", "G", "O", "G"]
+    titles = [panel["config"].get("chartTitle", "") for part in sections for panel in part["panels"]]
+    assert "E19 Throughput (images/s)" in titles, titles
     axes = {part["name"]: part["panels"][0]["config"].get("xAxis") for part in sections}
     assert (axes["E. Speed"], axes["E. Speed, over hours"]) == ("train/images_seen", "perf/hours")
 
