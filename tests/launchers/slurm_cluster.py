@@ -47,7 +47,10 @@ JobRequeue=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
 NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=1
-PartitionName=all Nodes=n[1-3] Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n[1-3] Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n[1-3] State=UP PriorityTier=2
 """
 
 
@@ -103,15 +106,12 @@ class Cluster:
         """End its daemon and all that runs under it at once, as a power cut would."""
         self._kill(lambda said: said.get("SLURMD_NODENAME") == node)
 
-    def freeze(self, run: Path) -> list[psutil.Process]:
-        """Stop the processes that train in `run` where they are; returns them, to be resumed."""
-        found = [
+    def training(self, run: Path) -> list[psutil.Process]:
+        """The processes that train in `run`."""
+        return [
             process for process in self._processes(lambda said: "SLURM_PROCID" in said)
             if f"run_dir={run}" in process.cmdline() and process.name().startswith("python")
         ]  # fmt: skip
-        for process in found:
-            process.suspend()
-        return found
 
     def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
         """Type `launchers/slurm/submit` in `cwd`, which must succeed; returns the job's number."""

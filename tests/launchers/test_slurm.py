@@ -4,13 +4,13 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 from fault_runs import Toy, curve, differing, events
 from slurm_cluster import Cluster, missing
 
+from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import repro
@@ -62,7 +62,9 @@ def test_a_training_outlives_a_signal_its_time_limit_and_a_lost_host(
     cluster.requeued(job, 1, log)
 
     cluster.wait(lambda: len(events(run, "start", "resume")) == 2, log)
-    frozen = cluster.freeze(run)  # the limit takes effect within half a minute, and the training would be over
+    frozen = cluster.training(run)  # the limit takes effect within half a minute, and the training would be over
+    for process in frozen:
+        process.suspend()
     cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={cluster.minutes(job) + 2}")
     cluster.wait(lambda: "told to stop" in log.read_text(), log)
     for process in frozen:
@@ -97,16 +99,11 @@ def test_a_job_that_gets_nowhere_is_held(cluster: Cluster, toy: Toy, tmp_path: P
     job = cluster.submit("train", *how, "NODES=1", "GPUS_PER_NODE=0", "TIME=30", cwd=tmp_path)
     log = run / f"slurm_{job}.log"
 
-    def ended(times: int) -> bool:
-        said = log.read_text() if log.exists() else ""
-        if f": start {times - 1} on" in said:
-            cluster.ask("scancel", "--signal=USR1", job)
-        return said.count(": ended with") == times
-
-    for attempt in (1, 2):
-        cluster.wait(partial(ended, attempt), log)
-        cluster.requeued(job, attempt, log)
-    cluster.wait(partial(ended, 3), log)
+    for attempt in (1, 2, 3):
+        cluster.wait(lambda: cluster.training(run) != [], log)
+        cluster.ask("scancel", "--signal=USR1", job)
+        if attempt < 3:
+            cluster.requeued(job, attempt, log)
     cluster.wait(lambda: cluster.state(job) == "FAILED", log)
     status = storage.read_json(RunDir(run).status)
     assert status["state"] == "failed" and status["reason"].startswith("held: 3 attempts in a row left nothing new in")
@@ -147,6 +144,37 @@ def test_the_host_of_the_script_itself_is_lost(cluster: Cluster, toy: Toy, tmp_p
     cluster.requeued(job, 1, log)
     cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
     assert differing(run, undisturbed) == []
+
+
+@pytest.mark.faults
+def test_another_job_takes_the_hosts_and_gives_them_back(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    toy.train(undisturbed, *HOW).finish()
+    job = cluster.submit("train", *toy.training(run, *HOW), *WHERE, cwd=tmp_path)
+    log = run / f"slurm_{job}.log"
+    cluster.wait(lambda: images(run) > 0, log)
+    cluster.ask("sbatch", "--partition=urgent", "--nodes=3", "--output=/dev/null", "--wrap=true")
+    cluster.requeued(job, 1, log)
+    cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
+    told = [event["event"] for event in events(run, "start", "resume", "preempted", "finished")]
+    assert told == ["start", "preempted", "resume", "finished"]
+    assert differing(run, undisturbed) == []
+
+
+@pytest.mark.faults
+def test_encoding_is_told_to_stop_and_goes_on(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    world, cache = tmp_path / "world", tmp_path / "cache"
+    write_world(world, Recipe(train=2400, val=8, objects=1, size=32, shard_size=100, seed=1))
+    how = ("precompute.min_psnr=0", "precompute.batch=8", f"data.images={world}/train", f"data.latents={cache}")
+    encoding = toy.overrides(*how, f"run_dir={tmp_path}/run")
+    job = cluster.submit("precompute", *encoding, *WHERE, cwd=tmp_path)
+    log = tmp_path / f"run/slurm_{job}.log"
+    cluster.wait(lambda: next(cache.rglob("*.done.json"), None) is not None, log)
+    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.requeued(job, 1, log)
+    cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
+    assert "ended with 75" in log.read_text() and "shards are done already" in log.read_text()
+    assert len(list(cache.glob("*.tar"))) == 24 and (cache / "manifest.json").exists()
 
 
 def test_a_sweep_is_two_runs_under_one_group(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
