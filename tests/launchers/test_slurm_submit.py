@@ -1,6 +1,7 @@
 """What `launchers/slurm/submit` would send, and what it refuses: nothing here needs a Slurm."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,25 @@ def test_an_evaluation_that_has_no_run_directory_lies_beside_what_it_is_about(
     said = submit("evaluate", *asked, "GPUS_PER_NODE=0", "--print", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert f"--job-name=evaluate:{home}" in options(said.stdout)
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_guides_can_be_submitted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    monkeypatch.syspath_prepend(str(ROOT / "launchers/slurm"))
+    monkeypatch.chdir(tmp_path)
+    import submit as program
+
+    guides = "".join((ROOT / guide).read_text() for guide in ("README.md", "launchers/README.md"))
+    lines = re.findall(r"^    launchers/slurm/submit (.*)", guides, re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", ["submit", *line.split(), "--print"])
+        program.main()
+        assert "#SBATCH --nodes=" in capsys.readouterr().out, line
+    assert list(tmp_path.iterdir()) == []
 
 
 REFUSED = {
