@@ -3,11 +3,12 @@
     python benchmarks/tracking.py [--steps 400] [--every 10] [--batch 16]
 
 A real training of the toy first stage, with everything on: files, W&B offline, rates, time split, alerts, pictures,
-gradients and updates by part, distances of the averages; and as often as there are steps a sum of losses by timestep,
-which a first stage has none of. A line is logged every 10 steps and a picture counted every 1,000: the defaults of the
-paper's text-to-image training, whose steps take longer than these. Counted: every call of the tracker between its start
-and its end, the readings and marks of the meter, and what is computed to be told. What W&B's own process does meanwhile
-is printed apart, in seconds of CPU, as are start and finish, which come once. Scores and drawing are no tracking.
+gradients and updates by part, distances of the averages, what the model is given; and as often as there are steps a sum
+of losses by timestep, which a first stage has none of. A line is logged every 10 steps and a picture counted every
+1,000: the defaults of the paper's text-to-image training, whose steps take longer than these. Counted: every call of
+the tracker between its start and its end, the readings and marks of the meter, and what is computed to be told. What
+W&B's own process does meanwhile is printed apart, in seconds of CPU, as are start and finish, which come once. Scores
+and drawing are no tracking.
 """
 
 import argparse
@@ -29,8 +30,10 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, train
 from ldm_scale.tracking.tracker import JsonLines
 from ldm_scale.tracking.weights_and_biases import Wandb
+from ldm_scale.training.checkpoint import Checkpoints
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import Engine
+from ldm_scale.training.intake import Intake
 from ldm_scale.training.movement import Movement
 from ldm_scale.training.steps import LossByTimestep
 from ldm_scale.training.telemetry import Timeline
@@ -42,7 +45,7 @@ ONCE = ("start", "finish")
 COUNTED = {
     JsonLines: ("start", "log", "images", "event", "finish"), Meter: ("read", "step"), Timeline: ("mark",),
     Movement: ("watch", "_pulled", "_moved", "numbers"), EMA: ("distances",), LossByTimestep: ("add", "take"),
-    Engine: ("mean_over_ranks",),
+    Engine: ("mean_over_ranks",), Intake: ("take", "since_last_line"), Checkpoints: ("numbers",),
 }  # fmt: skip
 COUNTED[Wandb] = COUNTED[JsonLines]
 
