@@ -23,11 +23,12 @@ UNET = UNetConfig(
 def by_hand(unet: nn.Module, *inputs: torch.Tensor) -> int:
     """Two operations for each product of a convolution, a linear layer, or attention; from shapes alone."""
     sides: dict[str, torch.Size] = {}
-    for name, module in unet.named_modules():
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    for name, module in layers.items():
         module.register_forward_hook(lambda module, _, output, name=name: sides.update({name: output.shape}))
     unet(*inputs)
     found = 0
-    for name, module in unet.named_modules():
+    for name, module in layers.items():
         if isinstance(module, nn.Conv2d):
             found += 2 * sides[name].numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
         if isinstance(module, nn.Linear):
