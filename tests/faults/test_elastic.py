@@ -12,7 +12,7 @@ from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.training.checkpoint_files import find
 
-SHORT = [("ddp", 2), ("zero1", 1), ("zero3", 2), ("zero2", 2), ("ddp", 1)]
+SHORT = [("ddp", 2), ("zero1", 1), ("zero3", 2), ("ddp", 1)]
 # From every world of 1, 2 and 4 to every one, once, by all three engines in turn.
 LONG = list(zip(("ddp", "zero1", "zero2") * 4, (1, 1, 2, 2, 4, 4, 1, 4, 2, 1), strict=False))
 
