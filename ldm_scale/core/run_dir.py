@@ -48,6 +48,10 @@ class RunDir:
         """Evaluations made beside the training, as lines of `events` (jobs/watch.py)."""
         return self.path / "evaluation" / "watched.jsonl"
 
+    def unfinished(self, who: str) -> Path:
+        """While `who` (`training`, `watch`) evaluates: what it need not do again if it is broken off (jobs/kept.py)."""
+        return self.path / "evaluation" / f"{who}.unfinished"
+
     @property
     def alerts(self) -> Path:
         """One JSON object a line: `{time, images_seen, alert, level, text, run, host}`."""

@@ -27,6 +27,11 @@ def shared(parts: Sequence[Part]) -> Iterator[tuple[Part, bool]]:
         yield (parts[own], True) if own < len(parts) else (parts[start], False)
 
 
+def own(parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts of this rank alone, where nothing in between is collective."""
+    return parts[runtime.rank() :: runtime.world()]
+
+
 def add_up(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over all ranks. Collective."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):

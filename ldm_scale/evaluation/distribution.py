@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_scale.core.shares import add_up, own, ranges
+
 _DRAWS = 2020  # torch-fidelity's default seed
-_ROWS = 4096  # of a distance matrix at once: 0.8 GB beside 50,000 others
+_ROWS = 512  # of a distance matrix at once: 0.1 GB beside 50,000 others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +119,8 @@ class Estimate:
 def kernel_distance(generated_ND: Tensor, real_MD: Tensor, *, subsets: int = 100, size: int = 1000) -> Estimate:
     """Squared maximum mean discrepancy under (x . y / D + 1)^3, unbiased: KID; Binkowski et al. 2018, section 4.
 
+    Ranks share the subsets. Collective: all of them have all features.
+
     size    images of each set in a subset; all, where one set has fewer
     raises  ValueError for features of different widths, or a set of one image
     """
@@ -124,15 +128,14 @@ def kernel_distance(generated_ND: Tensor, real_MD: Tensor, *, subsets: int = 100
     size = min(size, len(generated_ND), len(real_MD))
     if size < 2:
         raise ValueError("a kernel distance needs at least 2 images of each set. Raise the number of images evaluated")
-    draws = np.random.RandomState(_DRAWS)
-    found = []
-    for _ in range(subsets):
-        chosen = draws.choice(len(generated_ND), size, replace=False), draws.choice(len(real_MD), size, replace=False)
-        x, y = (
-            part[torch.from_numpy(rows)].double() for part, rows in zip((generated_ND, real_MD), chosen, strict=True)
-        )
-        found.append(_discrepancy(_kernel(x, x), _kernel(x, y), _kernel(y, y)))
-    return Estimate(float(np.mean(found)), float(np.std(found)))
+    draws, sets = np.random.RandomState(_DRAWS), (generated_ND, real_MD)
+    drawn = [[draws.choice(len(of), size, replace=False) for of in sets] for _ in range(subsets)]
+    found_S = torch.zeros(subsets, dtype=torch.float64)
+    for subset in own(range(subsets)):
+        x, y = (of[torch.from_numpy(rows)].double() for of, rows in zip(sets, drawn[subset], strict=True))
+        found_S[subset] = _discrepancy(_kernel(x, x), _kernel(x, y), _kernel(y, y))
+    add_up(found_S)
+    return Estimate(float(found_S.mean()), float(found_S.std(correction=0)))
 
 
 def _kernel(x_ND: Tensor, y_MD: Tensor) -> Tensor:
@@ -159,7 +162,8 @@ def precision_recall(generated_ND: Tensor, real_MD: Tensor, *, neighbours: int =
     """Improved precision and recall; Kynkaanniemi et al. 2019, eq. 1 to 3.
 
     A set covers the balls around its members that reach to their k-th nearest neighbour in the set. On the features of
-    VGG-16 this is the paper's protocol, on Inception's pooled features that of ADM (Dhariwal and Nichol 2021).
+    VGG-16 this is the paper's protocol, on Inception's pooled features that of ADM (Dhariwal and Nichol 2021). Ranks
+    share the rows of the distances. Collective: all of them have all features.
 
     neighbours  k
     raises      ValueError for features of different widths, or a set of k images or fewer
@@ -177,9 +181,15 @@ def precision_recall(generated_ND: Tensor, real_MD: Tensor, *, neighbours: int =
 
 def _covered(these_ND: Tensor, by_MD: Tensor, neighbours: int) -> float:
     """Share of `these` inside a ball of `by`."""
-    radii_M = torch.cat([_distances(rows, by_MD).kthvalue(neighbours + 1).values for rows in by_MD.split(_ROWS)])
-    inside = [(_distances(rows, by_MD) <= radii_M).any(dim=1) for rows in these_ND.split(_ROWS)]
-    return float(torch.cat(inside).double().mean())
+    radii_M, inside = torch.zeros(len(by_MD)), torch.zeros((), dtype=torch.float64)
+    for rows in own(ranges(len(by_MD), _ROWS)):
+        part = slice(rows.start, rows.stop)
+        radii_M[part] = _distances(by_MD[part], by_MD).kthvalue(neighbours + 1).values
+    add_up(radii_M)
+    for rows in own(ranges(len(these_ND), _ROWS)):
+        inside += (_distances(these_ND[rows.start : rows.stop], by_MD) <= radii_M).any(dim=1).sum()
+    add_up(inside)
+    return float(inside / len(these_ND))
 
 
 def _distances(a_BD: Tensor, b_MD: Tensor) -> Tensor:

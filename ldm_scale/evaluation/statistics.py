@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm_scale.core import shares, storage
+from ldm_scale.core import runtime, shares, storage
 from ldm_scale.evaluation.distribution import (
     Estimate,
     FeatureMoments,
@@ -83,14 +83,17 @@ class Collector:
                 )
             self._inception = InceptionScore(count, features.classes)
 
-    def add(self, start: int, images_BCHW: Tensor) -> None:
-        """Take in images `start`, `start` + 1, ..., (B, 3, H, W) in [-1, 1]."""
-        features_BD = self._features(images_BCHW.to(self._device))
+    def look(self, images_BCHW: Tensor) -> Tensor:
+        """What `add` takes of images, (B, 3, H, W) in [-1, 1]: their features, (B, D) float32, on the CPU."""
+        return self._features(images_BCHW.to(self._device)).cpu()
+
+    def add(self, start: int, features_BD: Tensor) -> None:
+        """Take in images `start`, `start` + 1, ..., of which these are the features."""
         self._moments.add(features_BD)
         if self._features_ND is not None:
-            self._features_ND[start : start + len(features_BD)] = features_BD.cpu()
+            self._features_ND[start : start + len(features_BD)] = features_BD
         if self._inception is not None:
-            self._inception.add(start, self._features.logits(features_BD))
+            self._inception.add(start, self._features.logits(features_BD.to(self._device)))
 
     def finish(self) -> Statistics:
         """The statistics of what all ranks took in. Collective."""
@@ -108,14 +111,15 @@ class Collector:
 
 
 def compare(generated: Statistics, reference: Statistics, scores: Sequence[Score], name: str) -> dict[str, float]:
-    """Scores of one set against another, by name.
+    """Scores of one set against another, by name, the same on every rank. Collective.
 
     name  of the Frechet distance (`Features.name`); the others are named after it: where it is `fid`, as papers do
     """
     found: dict[str, float] = {}
     published, suffix = name.startswith("fid"), name.removeprefix("fid").removeprefix("fd")
     if Score.frechet in scores:
-        found[name] = frechet_distance(generated.gaussian, reference.gaussian)
+        own = frechet_distance(generated.gaussian, reference.gaussian) if runtime.is_main() else 0.0
+        found[name] = runtime.gathered(own)[0]  # ranks that factorised it all at once would fight for the cores
     if Score.kernel in scores:
         kernel = kernel_distance(*_every_feature(generated, reference))
         found[f"{'kid' if published else 'kd'}{suffix}"] = kernel.mean

@@ -20,6 +20,7 @@ from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.images.resize import ImageTransformConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import guidance_sweep, loading, reference_set, watch
+from ldm_scale.jobs.kept import Between, Kept, kept_beside
 from ldm_scale.jobs.schemas.evaluate import EvaluateJob
 from ldm_scale.jobs.scores import (
     GenerationScores,
@@ -32,28 +33,39 @@ from ldm_scale.latent_diffusion.generate import Generator
 
 _COLUMNS = 8  # pairs in a row of the picture
 
+log = runtime.logger(__name__)
+
 
 def run(job: EvaluateJob) -> None:
     """Print the scores, and write them with everything they depend on to `evaluation/` beside what was scored."""
     runtime.configure_logging()
     runtime.join()
+    preemption = runtime.Preemption()
+    try:
+        _evaluate(job, preemption.between)
+    except runtime.Preempted:
+        log.info("stopped; the same command goes on")
+        runtime.leave(runtime.PREEMPTED_EXIT_CODE)
+    runtime.leave()
+
+
+def _evaluate(job: EvaluateJob, between: Between) -> None:
     if job.watch is not None:
-        watch.run(RunDir(Path(job.watch)))
-        runtime.leave()
+        watch.run(RunDir(Path(job.watch)), between)
+        return
     if job.write_reference is not None:
-        reference_set.write(job, Path(job.write_reference))
-        runtime.leave()
+        reference_set.write(job, Path(job.write_reference), between)
+        return
     trained = None
     if job.run_dir is not None:
         trained = loading.RunWeights(RunDir(Path(job.run_dir)), name=job.checkpoint, which=job.weights)
     if trained is None or trained.trained_first_stage:
-        _score_first_stage(job, _given(job) if trained is None else _trained(job, trained))
+        _score_first_stage(job, _given(job) if trained is None else _trained(job, trained), between)
     else:
-        _score_second_stage(job)
-    runtime.leave()
+        _score_second_stage(job, between)
 
 
-def _score_second_stage(job: EvaluateJob) -> None:
+def _score_second_stage(job: EvaluateJob, between: Between) -> None:
     assert job.run_dir is not None, "asked only of a run"
     if job.data.size is not None:
         raise ValueError(f"data.size={job.data.size}: a second stage is scored at the size that it was trained at")
@@ -71,15 +83,20 @@ def _score_second_stage(job: EvaluateJob) -> None:
         size=(source.size, source.size),
         seed=job.seed,
     )
+    out, title = _out(job, source.checkpoint), f"{job.run_dir}: {trained.described}"
     if job.guidances:
-        out = _out(job, source.checkpoint)
-        title = f"{job.run_dir}: {trained.described}"
-        guidance_sweep.run(scores, generator, job.guidances, out.with_name(f"{out.name}_guidance"), title)
-        return
-    found = scores(generator)
-    conditions = {"weights": trained.described, **scores.conditions(generator)}
-    out = _out(job, source.checkpoint)
-    _write(out, found, {"real": scores.real(), "conditions": conditions}, f"{job.run_dir}: {trained.described}")
+        out = out.with_name(f"{out.name}_guidance")
+    with kept_beside(out) as folder:
+
+        def score(generator: Generator, name: str) -> dict[str, float]:
+            kept = Kept(folder / name, {"weights": source.digest, **scores.identity(generator)})
+            return scores(generator, between, kept)
+
+        if job.guidances:
+            guidance_sweep.run(scores, score, generator, job.guidances, out, title)
+        else:
+            conditions = {"weights": trained.described, **scores.conditions(generator)}
+            _write(out, score(generator, "scores"), {"real": scores.real(), "conditions": conditions}, title)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +133,22 @@ def _given(job: EvaluateJob) -> _Scored:
     )
 
 
-def _score_first_stage(job: EvaluateJob, scored: _Scored) -> None:
+def _score_first_stage(job: EvaluateJob, scored: _Scored, between: Between) -> None:
     if job.guidances:
         raise ValueError(f"guidances={job.guidances}: {scored.described} is a first stage, which nothing guides")
     network = scored.network.to(runtime.device())
     held_out = HeldOutImages.open(scored.data, job.evaluation.images)
     scores = ReconstructionScores(job.evaluation, job.paths, held_out, runtime.device())
-    found = scores(network)
     conditions = {
         "weights": scored.described, "first_stage_sha256": network.digest(), **scores.conditions(),
         "images": scored.data.validation, "size": scored.data.transform.size,
     }  # fmt: skip
     out = scored.out.with_name(f"{scored.out.name}_{held_out.digest[:8]}_{scored.data.transform.size}")
-    _write(out, found.scores, {"conditions": conditions}, scored.described)
+    transform = jobs_config.to_plain(scored.data.transform)
+    with kept_beside(out) as folder:
+        kept = Kept(folder, {**conditions, **scores.identity(network), "transform": transform})
+        found = scores(network, between, kept)
+        _write(out, found.scores, {"conditions": conditions}, scored.described)
     if runtime.is_main():
         _show(out, network, held_out, found)
 

@@ -4,7 +4,7 @@ The curve by which text-to-image models are compared (Saharia et al. 2022, figur
 toy world, `fd_random` against caption accuracy. `evaluate.py guidances=[...]` draws it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from ldm_scale.latent_diffusion.generate import Generator
 
 _ALIGNMENTS = {"eval/clip_score": "CLIP score", "eval/caption_accuracy": "caption accuracy"}  # the first that there is
 
+Score = Callable[[Generator, str], dict[str, float]]
+"""The scores of a generator, and by what name to keep what is done of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -29,12 +32,14 @@ class Point:
     scores: dict[str, float]
 
 
-def run(scores: GenerationScores, generator: Generator, guidances: Sequence[float], out: Path, title: str) -> None:
+def run(
+    scores: GenerationScores, score: Score, generator: Generator, guidances: Sequence[float], out: Path, title: str
+) -> None:
     """Score at each strength, from the same noise; print, and write `out`.json after each and `out`.png. Collective."""
     points: list[Point] = []
     for guidance in guidances:
         guided = replace(generator, sampler=replace(generator.sampler, guidance=guidance))
-        points.append(Point(guidance, scores(guided)))
+        points.append(Point(guidance, score(guided, f"guidance{guidance:g}")))
         if runtime.is_main():
             print(f"guidance {guidance:g}: {len(points)} of {len(guidances)}", flush=True)
             plain = [{"guidance": point.guidance, "scores": point.scores} for point in points]

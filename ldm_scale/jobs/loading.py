@@ -157,6 +157,11 @@ class RunWeights:
         return self.job["unet"] is None
 
     @property
+    def digest(self) -> str:
+        """Tells these weights apart from all others, without reading them."""
+        return f"{self._kind} of {storage.read_json(self.checkpoint / checkpoint_files.COMPLETE)['digest']}"
+
+    @property
     def data(self) -> DataConfig:
         """What the run was trained on."""
         found: DataConfig = jobs_config.from_plain("data", self.job["data"])
@@ -201,7 +206,7 @@ class TrainingRun(ModelSource):
         self.first_stage = jobs_config.from_plain("first_stage", job["first_stage"])
         self.data = self._weights.data
         self.size = self.data.transform.size
-        self.checkpoint = self._weights.checkpoint
+        self.checkpoint, self.digest = self._weights.checkpoint, self._weights.digest
 
     def load(self, device: torch.device) -> TrainedModel:
         loaded, encoder = self._load(device)

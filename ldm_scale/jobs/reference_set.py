@@ -26,11 +26,12 @@ from ldm_scale.images.decode import UndecodableImage, decode
 from ldm_scale.images.resize import UNIFORMS, ImageTransform, ImageTransformConfig, RejectedImage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
+from ldm_scale.jobs.kept import Between
 from ldm_scale.jobs.schemas.evaluate import EvaluateJob
 from ldm_scale.jobs.scores import HeldOutImages, features_of
 
 
-def write(job: EvaluateJob, file: Path) -> None:
+def write(job: EvaluateJob, file: Path, between: Between = lambda: None) -> None:
     """Look at every image of the set, and write the file. Collective.
 
     raises  FileNotFoundError where there are no images, ValueError where one of a folder cannot be read
@@ -41,8 +42,9 @@ def write(job: EvaluateJob, file: Path) -> None:
     scores = [score for score in job.evaluation.scores if score is not Score.inception_score]  # of generated images
     collector = Collector(features, images.count, scores)
     for indices, batch, counts in images.shared(job.evaluation.batch):
+        between()
         if counts:
-            collector.add(indices.start, batch.images)
+            collector.add(indices.start, collector.look(batch.images))
     statistics = collector.finish()
     if runtime.is_main():
         transform = jobs_config.to_plain(data.transform)

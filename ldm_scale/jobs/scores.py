@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_scale.core import runtime
+from ldm_scale.core import runtime, storage
 from ldm_scale.core.shares import add_up, ranges, shared
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.cache import LatentStatistics
@@ -30,12 +30,10 @@ from ldm_scale.first_stage.base import FirstStage, Rebuilt
 from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network
 from ldm_scale.first_stage.vq import AutoencoderVQConfig, perplexity, usage
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.kept import Between, Kept, Result, results
 from ldm_scale.jobs.schemas.experiment import EvaluationConfig, FeatureNetwork, PathsConfig
 from ldm_scale.latent_diffusion.generate import Generator
 from ldm_scale.tracking.grid import labelled_grid
-
-Between = Callable[[], None]
-"""Called between batches of something that takes long, by all ranks together; what it raises ends the rest."""
 
 
 class Readable(Protocol):
@@ -88,10 +86,12 @@ class GenerationScores:
         held_out: HeldOutImages,
         transform: dict[str, Any],
         device: torch.device,
+        beside: Callable[[range, Tensor], None] = lambda indices, images_BCHW: None,
     ) -> None:
         """Look at the reference set. Collective.
 
         transform  how training prepares images, plain values: a reference file must have prepared its own alike
+        beside     shown each batch of this rank too, so that held-out images are read once
         """
         self._config, self._held_out = config, held_out
         self._features = features_of(config, paths).to(device)
@@ -101,8 +101,9 @@ class GenerationScores:
         for indices, batch, counts in held_out.shared(config.batch):
             if counts:
                 captions.append((indices.start, batch.captions))
+                beside(indices, batch.images)
                 if look is not None:
-                    look.add(indices.start, batch.images, batch.captions)
+                    look.add(indices.start, look.see(batch.images, batch.captions))
         parts = sorted(part for rank in runtime.gathered(captions) for part in rank)
         self.captions = [caption for _, part in parts for caption in part]
         """Of the held-out images, in their order."""
@@ -114,15 +115,21 @@ class GenerationScores:
             kept = load_reference(Path(str(config.reference)), wanted, config.scores)
             self._reference, self._real, self._reference_is = kept.statistics, {}, kept.digest
 
-    def __call__(self, generator: Generator, between: Between = lambda: None) -> dict[str, float]:
-        """Generate `evaluation.images` images of held-out captions, and score them. Collective."""
+    def __call__(
+        self, generator: Generator, between: Between = lambda: None, kept: Kept | None = None
+    ) -> dict[str, float]:
+        """Generate `evaluation.images` images of held-out captions, and score them. Collective.
+
+        kept  where what was done before is found, of the same `identity` with the same weights
+        """
         look = self._look(self._config.images)
-        for indices, counts in shared(ranges(self._config.images, self._config.batch)):
-            between()
+
+        def seen(indices: range) -> Result:
             captions = [self.captions[i % len(self.captions)] for i in indices]
-            images_BCHW = generator.images(captions, indices)
-            if counts:
-                look.add(indices.start, images_BCHW, captions)
+            return look.see(generator.images(captions, indices), captions)
+
+        for indices, result in results(ranges(self._config.images, self._config.batch), seen, between, kept):
+            look.add(indices.start, result)
         statistics, alignment = look.finish()
         found = compare(statistics, self._reference, self._config.scores, self._features.name)
         return {f"eval/{name}": value for name, value in {**found, **alignment}.items()}
@@ -145,6 +152,20 @@ class GenerationScores:
             "seed": generator.seed,
         }
 
+    def identity(self, generator: Generator) -> dict[str, Any]:
+        """Everything that the look at a generated image depends on besides the weights; plain values."""
+        return {
+            **self.conditions(generator),
+            "evaluation": jobs_config.to_plain(self._config),
+            "captions": storage.digest(self.captions),
+            "sampler": jobs_config.to_plain(generator.sampler),
+            "model": jobs_config.to_plain(generator.model.config),
+            "dtype": str(generator.model.compute_dtype),
+            "first_stage": generator.first_stage.digest(),
+            "latent_scale": generator.latent_scale,
+            "size": list(generator.size),
+        }
+
     def _look(self, count: int) -> "_Look":
         return _Look(self._config, self._features, self._clip, count)
 
@@ -158,8 +179,8 @@ class _Look:
         self._names = (*(["clip_score"] if clip else []), *(_ACCURACIES if self._is_toy else ()))
         self._sums = torch.zeros(len(self._names), dtype=torch.float64)
 
-    def add(self, start: int, images_BCHW: Tensor, captions: list[str]) -> None:
-        self._collector.add(start, images_BCHW)
+    def see(self, images_BCHW: Tensor, captions: list[str]) -> Result:
+        """What `add` takes of pictures and captions."""
         sums: list[float] = []
         if self._clip is not None:
             sums.append(float(self._clip(captions, images_BCHW).double().sum()))
@@ -167,7 +188,12 @@ class _Look:
             accuracy = caption_accuracy(captions, to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu().numpy())
             shares = (accuracy.overall, accuracy.colour, accuracy.shape, accuracy.position)
             sums += [share * accuracy.n for share in shares]
-        self._sums += torch.tensor(sums, dtype=torch.float64)
+        return {"features": self._collector.look(images_BCHW), "sums": torch.tensor(sums, dtype=torch.float64)}
+
+    def add(self, start: int, seen: Result) -> None:
+        """Take in pictures `start`, `start` + 1, ... of which this was seen."""
+        self._collector.add(start, seen["features"])
+        self._sums += seen["sums"]
 
     def finish(self) -> tuple[Statistics, dict[str, float]]:
         """Of what all ranks took in. Collective."""
@@ -212,31 +238,28 @@ class ReconstructionScores:
         if lpips is not None:
             self._measures["lpips"] = lpips.to(device)
 
-    @torch.no_grad()
-    def __call__(self, first_stage: FirstStage, between: Between = lambda: None) -> Reconstructions:
+    def __call__(
+        self, first_stage: FirstStage, between: Between = lambda: None, kept: Kept | None = None
+    ) -> Reconstructions:
         """PSNR in decibels, SSIM, LPIPS, distance of reconstructions to originals, use of a codebook; collective.
 
         And the fine detail of all reconstructions as a share of the originals'.
+
+        kept  where what was done before is found, of the same `identity` with the same weights
         """
         count = self._held_out.count
         originals, copies = (Collector(self._features, count, self._config.scores) for _ in range(2))
         fidelity = {name: torch.zeros(count, dtype=torch.float64) for name in self._measures}
         details = torch.zeros(2, dtype=torch.float64)  # of reconstructions and of originals
-        config = first_stage.config
-        taken_K = torch.zeros(config.codebook_size if isinstance(config, AutoencoderVQConfig) else 0)
-        for indices, batch, counts in self._held_out.shared(self._config.batch):
-            between()
-            if not counts:
-                continue
-            images_BCHW = batch.images.to(self._device)
-            rebuilt = reconstruct(first_stage, images_BCHW)
-            originals.add(indices.start, images_BCHW)
-            copies.add(indices.start, rebuilt.images)
-            for name, measure in self._measures.items():
-                fidelity[name][indices.start : indices.stop] = measure(rebuilt.images, images_BCHW).cpu()
-            details += torch.stack((detail(rebuilt.images), detail(images_BCHW))).double().sum(1).cpu()
-            if rebuilt.codes is not None:
-                taken_K += rebuilt.codes.indices.flatten().bincount(minlength=len(taken_K)).cpu()
+        taken_K = torch.zeros(_codes(first_stage))
+        parts = ranges(count, self._config.batch)
+        for indices, seen in results(parts, lambda part: self._seen(first_stage, part), between, kept):
+            originals.add(indices.start, seen["originals"])
+            copies.add(indices.start, seen["copies"])
+            for name in self._measures:
+                fidelity[name][indices.start : indices.stop] = seen[name]
+            details += seen["details"]
+            taken_K += seen["taken"]
         add_up(taken_K, details, *fidelity.values())
         found = {name: float(values_N.mean()) for name, values_N in fidelity.items()}
         found["detail"] = float(details[0] / details[1])
@@ -245,9 +268,37 @@ class ReconstructionScores:
             found |= {"codebook_usage": float(usage(taken_K)), "codebook_perplexity": float(perplexity(taken_K))}
         return Reconstructions(scores={f"eval/{name}": value for name, value in found.items()}, psnr_N=fidelity["psnr"])
 
+    @torch.no_grad()
+    def _seen(self, first_stage: FirstStage, part: range) -> Result:
+        """How these images are given back."""
+        images_BCHW = self._held_out.read(part).images.to(self._device)
+        rebuilt = reconstruct(first_stage, images_BCHW)
+        codes = torch.zeros(0, dtype=torch.int64) if rebuilt.codes is None else rebuilt.codes.indices.flatten().cpu()
+        return {
+            **{name: measure(rebuilt.images, images_BCHW).cpu() for name, measure in self._measures.items()},
+            "originals": self._features(images_BCHW).cpu(),
+            "copies": self._features(rebuilt.images).cpu(),
+            "details": torch.stack((detail(rebuilt.images), detail(images_BCHW))).double().sum(1).cpu(),
+            "taken": codes.bincount(minlength=_codes(first_stage)),
+        }
+
     def conditions(self) -> dict[str, Any]:
         """What a score depends on besides the weights."""
         return {"n": self._held_out.count, "reference": self._held_out.digest, "features": self._features.digest}
+
+    def identity(self, first_stage: FirstStage) -> dict[str, Any]:
+        """Everything that the look at an image depends on besides the weights and the transform; plain values."""
+        return {
+            **self.conditions(),
+            "evaluation": jobs_config.to_plain(self._config),
+            "first_stage": jobs_config.to_plain(first_stage.config),
+        }
+
+
+def _codes(first_stage: FirstStage) -> int:
+    """Entries of its codebook; 0 where it has none."""
+    config = first_stage.config
+    return config.codebook_size if isinstance(config, AutoencoderVQConfig) else 0
 
 
 def paused(parts: Iterator[Tensor], between: Between) -> Iterator[Tensor]:

@@ -26,10 +26,10 @@ from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
 from ldm_scale.jobs.first_stage_cost import IMAGE_CHANNELS, Judges
+from ldm_scale.jobs.kept import Between, Kept
 from ldm_scale.jobs.precompute import identity
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.scores import (
-    Between,
     GenerationScores,
     HeldOutImages,
     ReconstructionScores,
@@ -87,12 +87,16 @@ class Stage(ABC):
         """Loss of `module` as it is now, on held-out images; names begin with `val/loss{suffix}`. Collective."""
 
     @abstractmethod
-    def evaluate(self, between: Between) -> dict[str, float]:
+    def evaluate(self, between: Between, kept: Kept) -> dict[str, float]:
         """Scores of `module` as it is now, on held-out images. Collective."""
 
     @abstractmethod
     def conditions(self) -> dict[str, Any]:
         """What these scores depend on besides the weights."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that they and what is kept of them depends on besides the weights."""
 
     @abstractmethod
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
@@ -191,11 +195,15 @@ class AutoencoderStage(Stage):
         """Its scores say it all."""
         return {}
 
-    def evaluate(self, between: Between) -> dict[str, float]:
-        return self._scores(self.module, between).scores
+    def evaluate(self, between: Between, kept: Kept) -> dict[str, float]:
+        return self._scores(self.module, between, kept).scores
 
     def conditions(self) -> dict[str, Any]:
         return self._scores.conditions()
+
+    def identity(self) -> dict[str, Any]:
+        transform = jobs_config.to_plain(self._job.data.transform)
+        return {**self._scores.identity(self.module), "transform": transform}
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Originals above their reconstructions."""
@@ -262,8 +270,18 @@ class DiffusionStage(Stage):
         expected = Spread(mean * self._latent_scale, std * self._latent_scale)
         self.intake = Intake(shown=_EATEN, expected=expected, conditioner=self.module.conditioner)
         transform = jobs_config.to_plain(job.data.transform)
-        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, transform, device)
-        self._validation = self._encode_held_out(device)
+        z_0_NCHW = torch.zeros(self._held_out.count, *self._latent_shape)
+
+        @torch.no_grad()
+        def encode(indices: range, images_BCHW: Tensor) -> None:
+            z_0_BCHW = self._first_stage.encode(images_BCHW.to(device)).mean
+            z_0_NCHW[indices.start : indices.stop] = z_0_BCHW.cpu()
+
+        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, transform, device, encode)
+        add_up(z_0_NCHW)
+        conditioner = self.module.conditioner
+        inputs = None if conditioner is None else conditioner.prepare(self._scores.captions)
+        self._validation = HeldOut((z_0_NCHW * self._latent_scale).to(device), inputs, job.seed, job.evaluation.batch)
 
     def _kind_of(self, caches: Sequence[LatentCache]) -> MomentsKind:
         """What the moments of all caches are.
@@ -314,11 +332,15 @@ class DiffusionStage(Stage):
     def validate(self, between: Between, suffix: str) -> dict[str, float]:
         return self._validation.loss(self.module, between, suffix)
 
-    def evaluate(self, between: Between) -> dict[str, float]:
-        return self._scores(self._generator(), between)
+    def evaluate(self, between: Between, kept: Kept) -> dict[str, float]:
+        return self._scores(self._generator(), between, kept)
 
     def conditions(self) -> dict[str, Any]:
         return self._scores.conditions(self._generator())
+
+    def identity(self) -> dict[str, Any]:
+        transform = jobs_config.to_plain(self._job.data.transform)
+        return {**self._scores.identity(self._generator()), "transform": transform}
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Held-out captions, always the same ones from the same noise; of the first few, also how they came about."""
@@ -404,18 +426,6 @@ class DiffusionStage(Stage):
             size=(side, side),
             seed=self._job.seed,
         )
-
-    @torch.no_grad()
-    def _encode_held_out(self, device: torch.device) -> HeldOut:
-        """Held-out latents (posterior means, scaled) for the validation loss. Collective."""
-        conditioner, batch = self.module.conditioner, self._job.evaluation.batch
-        z_0_NCHW = torch.zeros(self._held_out.count, *self._latent_shape)
-        for indices, read, counts in self._held_out.shared(batch):
-            if counts:
-                z_0_NCHW[indices.start : indices.stop] = self._first_stage.encode(read.images.to(device)).mean.cpu()
-        add_up(z_0_NCHW)
-        inputs = None if conditioner is None else conditioner.prepare(self._scores.captions)
-        return HeldOut((z_0_NCHW * self._latent_scale).to(device), inputs, self._job.seed, batch)
 
 
 def stage_of(job: TrainJob, device: torch.device, on_bad: OnBad) -> Stage:

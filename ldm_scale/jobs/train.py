@@ -219,6 +219,8 @@ def _assemble(
         scored=job.evaluation.weights,
         tracker=tracker,
         between=preemption.between,
+        whose=ema.checksum,
+        folder=run_dir.unfinished("training"),
     )
     return Run(
         engine=engine,
@@ -249,8 +251,18 @@ def _assemble(
         evaluate_clock=Clock(job.every.evaluate),
         save_clock=Clock(job.every.save),
         images_seen=0 if state is None else int(state["images_seen"]),
-        due=Due(job.every.evaluate > 0, job.every.sample > 0) if state is None else Due(**state["due"]),
+        due=Due(job.every.evaluate > 0, job.every.sample > 0) if state is None else _still_due(run_dir, state),
     )
+
+
+def _still_due(run_dir: RunDir, state: dict[str, Any]) -> Due:
+    """What was due when a checkpoint was written, but for what the run directory has of it already. Collective."""
+    images, due = state["images_seen"], Due(**state["due"])
+    logged = {name for line in run_dir.read_lines(run_dir.metrics) if line["images_seen"] == images for name in line}
+    evaluated = any(name.startswith(("val/", "eval/")) for name in logged)
+    shown = any(run_dir.media.glob(f"samples__*/{images:012d}.png"))
+    there = Due(evaluate=due.evaluate and not evaluated, show=due.show and not shown)
+    return runtime.gathered(there)[0]
 
 
 def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:

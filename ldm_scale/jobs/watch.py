@@ -13,6 +13,7 @@ from pathlib import Path
 from ldm_scale.core import runtime, storage, weights
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.kept import Between
 from ldm_scale.jobs.looks import Looks
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
@@ -26,28 +27,22 @@ _BETWEEN_S = 10.0  # between two looks for new checkpoints
 log = runtime.logger(__name__)
 
 
-def run(run_dir: RunDir) -> None:
+def run(run_dir: RunDir, between: Between) -> None:
     """Score every checkpoint that is not scored yet, and those to come, until the training is over.
 
-    exits   0 all are scored and the training has ended, 75 preempted
     raises  FileNotFoundError where `run_dir` is no training run
     """
     if not run_dir.config.exists():
         raise FileNotFoundError(f"watch={run_dir.path} is not a training run: it has no {run_dir.config.name}")
     job: TrainJob = jobs_config.job_from_plain("train", storage.read_json(run_dir.config))
-    preemption = runtime.Preemption()
     stage = stage_of(job, runtime.device(), lambda key, reason, position: None)
     stage.module.to(runtime.device())
     stage.match(DTYPES[job.engine.kind, job.engine.precision])
-    try:
-        for path in _appearing(run_dir, preemption):
-            _write(run_dir, checkpoint_files.images_of(path), _evaluations(path, job, stage, preemption))
-    except runtime.Preempted:
-        log.info("stopped; the same command goes on")
-        runtime.leave(runtime.PREEMPTED_EXIT_CODE)
+    for path in _appearing(run_dir, between):
+        _write(run_dir, checkpoint_files.images_of(path), _evaluations(path, run_dir, job, stage, between))
 
 
-def _appearing(run_dir: RunDir, preemption: runtime.Preemption) -> Iterator[Path]:
+def _appearing(run_dir: RunDir, between: Between) -> Iterator[Path]:
     """Checkpoints that nobody has scored, the oldest first; the same on every rank."""
     while True:
         over = storage.read_json(run_dir.status)["state"] != "running"  # asked before looking: none comes after it
@@ -60,17 +55,20 @@ def _appearing(run_dir: RunDir, preemption: runtime.Preemption) -> Iterator[Path
         elif over:
             return
         else:
-            preemption.between()
+            between()
             time.sleep(_BETWEEN_S)
 
 
-def _evaluations(path: Path, job: TrainJob, stage: Stage, preemption: runtime.Preemption) -> list[Evaluation]:
-    stage.require_same_stream(checkpoint_files.read_state(path))
+def _evaluations(path: Path, run_dir: RunDir, job: TrainJob, stage: Stage, between: Between) -> list[Evaluation]:
+    reader = checkpoint_files.Reader(path)
+    stage.require_same_stream(reader.meta["state"])
+
+    def kind(half_life: int | None) -> str:
+        return checkpoint_files.WEIGHT if half_life is None else f"ema/{half_life}"
 
     @contextmanager
     def put(half_life: int | None) -> Iterator[None]:
-        kind = "weight" if half_life is None else f"ema/{half_life}"
-        weights.load_exactly(stage.module, checkpoint_files.read_consolidated(path, kind)[1], str(path))
+        weights.load_exactly(stage.module, reader.whole(kind(half_life)), str(path))
         yield
 
     looks = Looks(
@@ -79,7 +77,9 @@ def _evaluations(path: Path, job: TrainJob, stage: Stage, preemption: runtime.Pr
         half_lives=job.ema_half_lives,
         scored=job.evaluation.weights,
         tracker=Silent(),
-        between=preemption.between,
+        between=between,
+        whose=lambda half_life: f"{kind(half_life)} of {reader.meta['digest']}",
+        folder=run_dir.unfinished("watch"),
     )
     return looks.evaluate()
 

@@ -82,9 +82,7 @@ def read_consolidated(path: Path, kind: str = WEIGHT) -> tuple[dict[str, Any], d
     raises  ValueError where the checkpoint does not hold that kind
     """
     reader = Reader(path)
-    if kind not in reader.kinds:
-        raise ValueError(f"{path} holds no {kind!r}; it holds {', '.join(reader.kinds)}")
-    return dict(reader.meta["state"]), {**reader.whole(kind), **reader.buffers()}
+    return dict(reader.meta["state"]), reader.whole(kind)
 
 
 def damage(path: Path) -> str | None:
@@ -146,10 +144,17 @@ class Reader:
         return parameters | weights.shapes(self.buffers())
 
     def whole(self, kind: str) -> dict[str, Tensor]:
+        """Every parameter as `kind` has it, and every persistent buffer.
+
+        raises  ValueError where the checkpoint does not hold that kind
+        """
+        if kind not in self.kinds:
+            raise ValueError(f"{self.path} holds no {kind!r}; it holds {', '.join(self.kinds)}")
         shapes: dict[str, list[int]] = self.meta["parameters"]
-        return {
+        parameters = {
             name: self._range(kind, name, 0, torch.Size(shape).numel()).view(shape) for name, shape in shapes.items()
         }
+        return {**parameters, **self.buffers()}
 
     def buffers(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.path / BUFFERS)

@@ -90,6 +90,11 @@ class EMA:
         """As `swapped`; None leaves the model its own weights."""
         return nullcontext() if half_life is None else self.swapped(half_life)
 
+    def checksum(self, half_life: int | None) -> str:
+        """Tells the weights that `put` puts apart from all others. Collective."""
+        tensors = self._masters.tensors if half_life is None else self.shadows[half_life]
+        return self._masters.checksum(tensors)
+
     def _current(self) -> list[Tensor]:
         return [master.detach() for master in self._masters.tensors]
 

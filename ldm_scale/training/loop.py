@@ -42,7 +42,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """What is due at the images seen so far and not done yet; a checkpoint remembers it, a resume makes up for it."""
+    """What is due at the images seen so far; a checkpoint remembers it, a resume makes up for what nobody recorded."""
 
     evaluate: bool
     show: bool
@@ -133,8 +133,11 @@ def fit(run: Run) -> Outcome:
             if heard.asked:
                 _take_up(run, heard.asked)
             stopped = Wish.stop in heard.asked and not last
+            saves = saves or Wish.save in heard.asked or run.due.evaluate or (logs and run.checkpoints.poll())
+            if saves:
+                _save(run)  # before looking, which takes long: a kill in between costs no training
             stop = heard.stop or stopped or not _looked(run)
-            if saves or stop or Wish.save in heard.asked or (logs and run.checkpoints.poll()):
+            if stop and not saves:
                 _save(run)
             run.control.done(heard.asked, run.images_seen)
     return "stopped" if stopped else "preempted" if stop else "finished"
@@ -224,21 +227,22 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
 def _looked(run: Run) -> bool:
     """Score and draw, where that is due; left out of the training's rates.
 
-    returns  False where a signal came in between: nothing of it was recorded, and all of it is still due
+    returns  False where a signal came in between: what was not recorded is still due
     """
     if not (run.due.evaluate or run.due.show):
         return True
     try:
         with run.watchdog.phase("evaluation"), run.meter.pause("evaluation"):
-            evaluations = run.evaluate() if run.due.evaluate else []
+            if run.due.evaluate:
+                for found in run.evaluate():
+                    run.tracker.log(run.images_seen, found.scores)
+                    run.tracker.event(run.images_seen, "evaluation", scores=found.scores, **found.conditions)
+                run.due = replace(run.due, evaluate=False)
             if run.due.show:
                 run.show(run.images_seen)
     except runtime.Preempted:
         return False
-    for found in evaluations:
-        run.tracker.log(run.images_seen, found.scores)
-        run.tracker.event(run.images_seen, "evaluation", scores=found.scores, **found.conditions)
-    run.due = Due(evaluate=False, show=False)
+    run.due = replace(run.due, show=False)
     return True
 
 

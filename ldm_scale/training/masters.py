@@ -23,6 +23,7 @@ DeepSpeed has no public interface for this. What is read here, of deepspeed 0.19
 A version that lacks one of them is refused with its name.
 """
 
+import hashlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ _TESTED_DEEPSPEED = "0.19.8"
 _GATHERED_ELEMENTS = 2**26  # elements in flight on rank 0 while weights are consolidated: 256 MiB of float32
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # of a `chunked` piece of a list: what a cache holds, or 64 MiB
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_MIX = tuple(factor - 2**64 for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
 
 Aligned = Sequence[Tensor] | Mapping[int, Tensor]
 """One tensor for each master, or for each that matters, by its place among them."""
@@ -147,6 +149,16 @@ class Masters:
             torch._foreach_zero_(self.moments(key))
         self.step = 0
         self.push()
+
+    @torch.no_grad()
+    def checksum(self, tensors: Sequence[Tensor]) -> str:
+        """Tells values apart: the same for the same bits on any engine and any number of ranks. Collective."""
+        own = sum(_checksum(piece, self.read(tensors, piece)) for piece in self.pieces)
+        sums: list[Any] = [own]
+        if not self.replicated and _is_distributed():
+            sums = [None] * dist.get_world_size()
+            dist.all_gather_object(sums, own)
+        return f"{sum(sums) % 2**64:016x}"
 
     @torch.no_grad()
     def consolidated(self, tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
@@ -334,6 +346,16 @@ def _stage_3(zero: Any, named: list[tuple[str, nn.Parameter]], adam: torch.optim
         adam=adam,
         push=push,
     )
+
+
+def _checksum(piece: Piece, values_N: Tensor) -> int:
+    """Of float32 values at their places, mixed as in splitmix64; summed modulo 2^64, cuts into pieces do not show."""
+    name = int.from_bytes(hashlib.blake2b(piece.name.encode(), digest_size=8).digest(), "little", signed=True)
+    place_N = torch.arange(piece.start, piece.start + piece.numel, device=values_N.device)
+    mixed_N = (place_N * _MIX[0] + name) ^ values_N.contiguous().view(torch.int32).long()
+    for factor, shift in zip(_MIX[1:], (30, 27), strict=True):
+        mixed_N = (mixed_N ^ (mixed_N >> shift)) * factor
+    return int((mixed_N ^ (mixed_N >> 31)).sum())
 
 
 def _of(owner: Any, name: str) -> Any:

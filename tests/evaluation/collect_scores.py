@@ -34,7 +34,7 @@ def main(out: str, weights: str, count: int, batch: int) -> None:
             collector = Collector(features, count, scores)
             for indices, counts in shared(ranges(count, batch)):
                 if counts:
-                    collector.add(indices.start, images(of, indices))
+                    collector.add(indices.start, collector.look(images(of, indices)))
             sets.append(collector.finish())
         assert sets[0].gaussian.count == count
         found |= compare(*sets, scores, features.name)

@@ -1,17 +1,21 @@
-"""Statistics of sets of images: against torch-fidelity on the same pictures, over one, two and three processes."""
+"""Statistics of sets of images, over one, two and three processes: against torch-fidelity, torchmetrics and ADM."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from collect_scores import images
+from torch import nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm_scale.core import tensors
 from ldm_scale.evaluation.features import RandomFeatures
@@ -36,7 +40,7 @@ def collected(tmp_path: Path, world: int, weights: Path | str = "") -> dict[str,
 def taken(scores: list[Score], of: str = "real", count: int = 40) -> Statistics:
     collector = Collector(RandomFeatures(), count, scores)
     for start in range(0, count, 16):
-        collector.add(start, images(of, range(start, min(start + 16, count))))
+        collector.add(start, collector.look(images(of, range(start, min(start + 16, count)))))
     return collector.finish()
 
 
@@ -64,6 +68,30 @@ def test_scores_are_torch_fidelitys_and_do_not_depend_on_the_world(tmp_path: Pat
         "inception_score_inception_std": score["inception_score_std"],
     }
     assert {name: alone[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    expected = torchmetrics_of(generated.double(), real.double())
+    expected |= {"precision_inception": adm_share(generated, real), "recall_inception": adm_share(real, generated)}
+    assert {name: alone[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+class Seen(nn.Identity):
+    """For torchmetrics: what it is given as images are the features of the network already."""
+
+    num_features = 2048
+
+
+def torchmetrics_of(generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
+    distance, kernel = FrechetInceptionDistance(Seen()), KernelInceptionDistance(Seen(), subsets=1, subset_size=COUNT)
+    for metric in (distance.set_dtype(torch.float64), kernel.set_dtype(torch.float64)):
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+    return {"fd_inception": float(distance.compute()), "kd_inception": float(kernel.compute()[0])}
+
+
+def adm_share(these: torch.Tensor, by: torch.Tensor) -> float:
+    """ADM's protocol: 3 neighbours on pooled Inception features, closed balls. Theirs is in half precision."""
+    squared = [((by[:, None] - of[None]).double() ** 2).sum(-1).numpy() for of in (by, these)]
+    radii = np.partition(squared[0], 3, axis=1)[:, 3]
+    return float((squared[1] <= radii[:, None]).any(axis=0).mean())
 
 
 def test_published_scores_have_the_names_of_papers():

@@ -18,7 +18,7 @@ import torch
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.jobs import config, precompute, train
+from ldm_scale.jobs import config, evaluate, precompute, train
 from ldm_scale.training.checkpoint_files import find, read_consolidated
 from ldm_scale.training.guards import Guard
 
@@ -41,6 +41,8 @@ def work(job: str, overrides: Sequence[str], rank: int, world: int, port: int, l
         train.Guard = _traced(log.parent / f"keys{port}.{rank}")  # type: ignore[misc]
         train.run(composed)
         runtime.leave()
+    elif job == "evaluate":
+        evaluate.run(composed)
     else:
         precompute.run(composed)
 

@@ -1,4 +1,5 @@
 import types
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -26,6 +27,25 @@ def test_plain_masters_are_the_parameters():
     assert whole is not None
     for name, parameter in model.named_parameters():
         assert torch.equal(whole[name], parameter)
+
+
+def test_a_checksum_knows_every_bit_and_its_place_but_no_cut():
+    model = tiny.tiny()
+    whole = masters_of(model)
+    found = whole.checksum(whole.tensors)
+    halves = [
+        [replace(p, start=a, offset=a, numel=b - a) for a, b in ((0, p.numel // 2), (p.numel // 2, p.numel))]
+        for p in whole.pieces
+    ]
+    cut = masters_of(model)
+    cut.pieces = [piece for pair in reversed(halves) for piece in pair]
+    assert cut.checksum(cut.tensors) == found
+    values = model.conv.weight.data.view(-1)
+    for change in (lambda: values.copy_(values.roll(1)), lambda: values[3].nextafter_(torch.tensor(9.0))):
+        before = whole.checksum(whole.tensors)
+        change()
+        assert whole.checksum(whole.tensors) != before
+    assert len(found) == 16
 
 
 def test_pieces_are_in_logical_order_whatever_the_memory_format():
