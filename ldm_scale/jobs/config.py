@@ -173,7 +173,10 @@ def _run_defaults(trained: Mapping[str, Any], schema: type, given: Mapping[str, 
         chosen = section in given
         if section == "sampler" and not chosen:
             defaults.append(f"sampler={trained[section]['schema']}")
-        shared = [key for key in trained[section] if key.startswith("guidance" if chosen else "") and key != "schema"]
+        left_out = ("schema", "prompts")  # these are drawn in training alone
+        shared = [
+            key for key in trained[section] if key.startswith("guidance" if chosen else "") and key not in left_out
+        ]
         values = {key: "null" if trained[section][key] is None else trained[section][key] for key in shared}
         defaults += [f"{section}.{key}={value}" for key, value in values.items()]
     return defaults

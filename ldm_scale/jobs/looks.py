@@ -52,9 +52,17 @@ class Looks:
         return [one for one in found if one.scores]
 
     def show(self, images_seen: int) -> None:
-        """Pictures, by the averaged weights of the first half-life."""
+        """Pictures, by the averaged weights of the first half-life; of fixed captions, by the raw ones too."""
+        drawn = {}
+        for name, half_life in (("samples/prompts", self._half_lives[0]), ("samples/prompts_raw", None)):
+            title = f"{'raw' if half_life is None else 'averaged'} weights after {images_seen:,} images"
+            with self._model(half_life):
+                drawn[name] = self._stage.prompted(title, self._between)
         with self._model(self._half_lives[0]):
             self._stage.show(images_seen, self._tracker, self._between)
+        for name, picture in drawn.items():
+            if picture is not None:
+                self._tracker.images(images_seen, name, picture, "fixed captions by family, guidance 1, 3 and 7")
 
     def _evaluation(self, weights: str) -> Evaluation:
         suffix = "" if weights == self._scored[0] else f"_{weights.replace('/', '')}"

@@ -39,7 +39,7 @@ from ldm_scale.jobs.footprint import Footprint, activation_bytes, checkpointing_
 from ldm_scale.jobs.model_table import conditioner_inputs, parameters
 from ldm_scale.jobs.precompute import member_bytes, moments_of, text_shape
 from ldm_scale.jobs.preflight import Check
-from ldm_scale.jobs.schemas.experiment import Experiment
+from ldm_scale.jobs.schemas.experiment import PROMPT_GUIDANCES, Experiment
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.speed import Machine, Step, Work
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
@@ -66,6 +66,8 @@ class Figures:
     """Of one evaluation, by all processes together."""
     showing_flops: float
     """Of one sample grid, on every process."""
+    prompting_flops: float
+    """Of fixed captions by raw and averaged weights, by all processes together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +180,7 @@ def measure(job: Experiment) -> Figures:
             encoder_flops=0.0,
             evaluation_flops=scores * len(job.evaluation.weights) * (encode + decode),
             showing_flops=grid / 2 * (encode + decode),
+            prompting_flops=0.0,
         )
     with torch.device("meta"):
         model = job.latent_diffusion.build_trained()
@@ -188,7 +191,11 @@ def measure(job: Experiment) -> Figures:
             forward_flops(lambda: model.network(z_BCHW, t_B, **model.conditions(inputs))),
             forward_flops(lambda: model.network(z_BCHW, t_B, **told)),
         )
-    draw = denoise * job.sampler.steps * (1 if job.sampler.guidance == 1 else 2) + decode
+
+    def drawn(guidance: float) -> float:
+        return denoise * job.sampler.steps * (1 if guidance == 1 else 2) + decode
+
+    draw, captions = drawn(job.sampler.guidance), sum(len(family) for family in job.prompts.values())
     scored, validated = job.evaluation.weights, {*job.evaluation.weights, "raw"}
     return Figures(
         parameters=parameters(model),
@@ -197,6 +204,7 @@ def measure(job: Experiment) -> Figures:
         encoder_flops=encode,
         evaluation_flops=scores * (len(scored) * draw + len(validated) * BUCKETS * forward),
         showing_flops=grid * draw,
+        prompting_flops=2 * captions * sum(drawn(guidance) for guidance in PROMPT_GUIDANCES),
     )
 
 
@@ -229,9 +237,13 @@ def memory_of(job: TrainJob, machine: Machine, figures: Figures, world: int) -> 
 def _scale(job: TrainJob, figures: Figures, work: Work, machine: Machine, world: int, price: float | None) -> Scale:
     fitted = fit_batch(global_batch=job.global_batch, micro_batch=job.micro_batch, world=world, fit=BatchFit.nearest)
     step = speed.step(work, machine, world=world, micro_batch=fitted.micro_batch, accumulation=fitted.accumulation)
-    batches = math.ceil(job.evaluation.images / job.evaluation.batch)
-    evaluation = figures.evaluation_flops * math.ceil(batches / world) / batches  # whole batches are shared out
-    looks = [(evaluation, job.every.evaluate), (figures.showing_flops, job.every.sample)]
+
+    def share(flops: float, parts: int) -> float:  # of the busiest process, since whole parts are shared out
+        return flops * math.ceil(parts / world) / max(parts, 1)
+
+    evaluation = share(figures.evaluation_flops, math.ceil(job.evaluation.images / job.evaluation.batch))
+    prompting = share(figures.prompting_flops, len(job.prompts) * len(PROMPT_GUIDANCES))
+    looks = [(evaluation, job.every.evaluate), (figures.showing_flops + prompting, job.every.sample)]
     looking = sum(flops / every for flops, every in looks if every) / machine.matmul  # seconds, per image trained on
     seconds = 1 / step.images_per_s + looking
     hours = job.total_images * seconds * world / 3600

@@ -5,6 +5,8 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from ldm_scale.conditioning.clip_text import CachedTextConditioner
 from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.core.shares import add_up
+from ldm_scale.core.shares import add_up, shared
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match, require_text
 from ldm_scale.data.config import DataConfig, Origin
@@ -28,6 +30,7 @@ from ldm_scale.jobs import loading
 from ldm_scale.jobs.first_stage_cost import IMAGE_CHANNELS, Judges
 from ldm_scale.jobs.kept import Between, Kept
 from ldm_scale.jobs.precompute import identity
+from ldm_scale.jobs.schemas.experiment import PROMPT_GUIDANCES
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.scores import (
     GenerationScores,
@@ -121,6 +124,13 @@ class Stage(ABC):
         return given.keys
 
     @abstractmethod
+    def prompted(self, title: str, between: Between) -> np.ndarray | None:
+        """Fixed captions at several strengths of guidance, by `module` as it is now; None where there are none.
+
+        All ranks share the work. Collective.
+        """
+
+    @abstractmethod
     def baseline(self) -> dict[str, float]:
         """Scores that training cannot change, logged once."""
 
@@ -212,6 +222,9 @@ class AutoencoderStage(Stage):
         grid = reconstruction_grid(self.module, images_BCHW, labels, columns=len(images_BCHW), title=title)
         self._show_eaten(images_seen, tracker, lambda images_BCHW: images_BCHW)
         tracker.images(images_seen, "samples/reconstructions", grid, "held-out images above their reconstructions")
+
+    def prompted(self, title: str, between: Between) -> np.ndarray | None:
+        return None
 
     def baseline(self) -> dict[str, float]:
         return {}
@@ -363,6 +376,31 @@ class DiffusionStage(Stage):
             return given.keys
         told = self.module.conditioner.in_words(given.told, given.captions)
         return [f"{key}: {words or '(empty)'}" for key, words in zip(given.keys, told, strict=True)]
+
+    def prompted(self, title: str, between: Between) -> np.ndarray | None:
+        """A row for each caption, a column for each strength; the noise is the caption's, the same everywhere."""
+        families = self._job.prompts
+        captions = [caption for family in families.values() for caption in family]
+        if not captions:
+            return None
+        begins = [0, *accumulate(len(family) for family in families.values())]
+        rows, side = [range(*ends) for ends in pairwise(begins)], self._job.data.transform.size
+        pictures_NGHWC = torch.zeros(
+            len(captions), len(PROMPT_GUIDANCES), side, side, IMAGE_CHANNELS, dtype=torch.uint8
+        )
+        parts = list(product(rows, range(len(PROMPT_GUIDANCES))))
+        for (own, column), counts in shared(parts):
+            between()
+            generator = self._generator()
+            sampler = replace(generator.sampler, guidance=PROMPT_GUIDANCES[column])
+            images_BCHW = replace(generator, sampler=sampler).images(captions[own.start : own.stop], own)
+            if counts:
+                pictures_NGHWC[own.start : own.stop, column] = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu()
+        add_up(pictures_NGHWC)
+        strengths = [f"guidance {guidance:g}" for guidance in PROMPT_GUIDANCES]
+        named = [f"{family}: {caption}" for family, captions in families.items() for caption in captions]
+        labels = [label for name in named for label in (f"{name} ({strengths[0]})", *strengths[1:])]
+        return labelled_grid(pictures_NGHWC.flatten(0, 1).numpy(), labels, columns=len(strengths), title=title)
 
     def _progressive(self, captions: list[str], title: str) -> np.ndarray:
         """A row for each caption: the estimates of z_0, decoded, at evenly spread steps."""

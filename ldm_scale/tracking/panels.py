@@ -157,6 +157,10 @@ PANELS = (
         "D16", "Fine detail against the originals'", ("eval/detail*",), "far from 1", "first stages", "share"
     ),
     Panel("D17", "Samples, fixed captions and noise", ("samples/grid*",), "grey, or all alike", "diffusion models"),
+    Panel(
+        "D17", "Prompt families, averaged and raw weights", ("samples/prompts*",), "a family stays behind",
+        "text-to-image, guidance 1, 3 and 7",
+    ),
     Panel("D17", "How samples come about", ("samples/progressive*",), "no step adds anything", "diffusion models"),
     Panel("D17", "Originals and reconstructions", ("samples/reconstructions*",), "blurred", "first stages"),
     Panel("D18", "What the model ate", ("samples/eaten*",), "captions misaligned, borders, wrong range"),

@@ -1,14 +1,22 @@
-"""What a training says of itself, and what `evaluate.py` says of its checkpoint, in the precision that it trains in."""
+"""What a training says and shows of itself, and what its checkpoint then gives, in the precision that it trains in."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from fault_runs import Toy, events
+from PIL import Image
 
 from ldm_scale.core import storage
-from ldm_scale.jobs import config, evaluate
+from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.tensors import to_uint8
+from ldm_scale.jobs import config, evaluate, loading
+from ldm_scale.latent_diffusion.generate import Generator
+from ldm_scale.tracking.grid import labelled_grid
 
+CPU = torch.device("cpu")
 HOW = ("evaluation.images=12", "evaluation.batch=4", "sampler.steps=2", "sampler.guidance=3")  # three batches
 
 
@@ -21,17 +29,40 @@ def evaluated(run: Path, weights: str) -> dict[str, Any]:
     return found
 
 
+def prompted(run: Path, weights: str, title: str) -> np.ndarray:
+    """The picture of prompt families, drawn anew from the newest checkpoint."""
+    source = loading.TrainingRun(RunDir(run), name="latest", which=weights)
+    job, trained = config.job_from_plain("train", storage.read_json(run / "config.json")), source.load_as_trained(CPU)
+    pictures, labels = [], []
+    prompts = [(family, caption) for family, captions in job.evaluation.prompts.items() for caption in captions]
+    assert [family for family, _ in prompts] == ["count", "count", "colour", "place", "rare"]
+    for index, (family, caption) in enumerate(prompts):
+        for guidance in (1, 3, 7):
+            sampler = config.compose("sample", ["run_dir=x", f"sampler.guidance={guidance}", "sampler.steps=2"]).sampler
+            generator = Generator(
+                model=trained.model, first_stage=trained.first_stage, latent_scale=trained.latent_scale,
+                sampler=sampler, size=(32, 32), seed=job.seed,
+            )  # fmt: skip
+            pictures.append(to_uint8(generator.images([caption], [index]))[0].permute(1, 2, 0).numpy())
+            labels.append(f"guidance {guidance}" if guidance > 1 else f"{family}: {caption} (guidance 1)")
+    return labelled_grid(np.stack(pictures), labels, columns=3, title=title)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "tolerance"), [("zero1", 0), ("zero3", 1e-3)])  # zero3 multiplies by its own linear
-def test_a_checkpoint_has_the_scores_that_its_training_logged(
-    engine: str, tolerance: float, toy: Toy, tmp_path: Path
+@pytest.mark.parametrize(
+    ("engine", "world", "tolerance"),
+    [("ddp", 2, 1e-9), ("zero1", 1, 0), ("zero3", 1, 1e-3)],  # zero3 multiplies by a linear layer of its own
+)
+def test_a_checkpoint_has_the_scores_and_pictures_that_its_training_logged(
+    engine: str, world: int, tolerance: float, toy: Toy, tmp_path: Path
 ) -> None:
     weights = {"ema": "ema/32", "ema/8": "ema/8", "raw": "raw"}
     how = [
         "engine.precision=bf16", "ema_half_lives=[32,8]", f"evaluation.weights=[{','.join(weights)}]",
-        "every.evaluate=48", "total_images=48", *HOW,
+        "every.evaluate=48", "every.sample=48", "total_images=48", *HOW,
+        "evaluation.prompts={count:[a small red circle,a large red circle]}",
     ]  # fmt: skip
-    toy.train(tmp_path / "run", *how, engine=engine, world=1).finish()
+    toy.train(tmp_path / "run", *how, engine=engine, world=world).finish()
     inside = {e["weights"]: e for e in events(tmp_path / "run", "evaluation") if e["images_seen"] == 48}
     for which, named in weights.items():
         found = evaluated(tmp_path / "run", which)
@@ -39,3 +70,8 @@ def test_a_checkpoint_has_the_scores_that_its_training_logged(
         logged = {name: plain[name] for name in found["scores"]}
         assert found["scores"] == (pytest.approx(logged, rel=tolerance) if tolerance else logged), which
         assert {**found["conditions"], "weights": named}.items() <= inside[named].items()
+    for name, which, words in (("prompts", "ema", "averaged"), ("prompts_raw", "raw", "raw")):
+        with Image.open(tmp_path / "run" / "media" / f"samples__{name}" / f"{48:012d}.png") as picture:
+            shown = np.asarray(picture).astype(int)
+        off = abs(shown - prompted(tmp_path / "run", which, f"{words} weights after 48 images"))
+        assert off.max() <= (0 if tolerance == 0 else 2), name

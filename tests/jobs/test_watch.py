@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,9 +57,12 @@ class Seen:
         self.states.append(self.module.training)
         return {f"val/loss{suffix}": 0.0}
 
-    def evaluate(self, between: Any) -> dict[str, float]:
+    def evaluate(self, between: Any, kept: Any) -> dict[str, float]:
         self.states.append(self.module.training)
         return {"eval/fid": 1.0}
+
+    def prompted(self, title: str, between: Any) -> None:
+        self.states.append(self.module.training)
 
     def show(self, images_seen: int, tracker: Any, between: Any) -> None:
         self.states.append(self.module.training)
@@ -66,8 +70,10 @@ class Seen:
     def conditions(self) -> dict[str, Any]:
         return {"n": 1}
 
+    identity = conditions
 
-def test_a_model_is_looked_at_without_dropout_and_trains_on_with_it() -> None:
+
+def test_a_model_is_looked_at_without_dropout_and_trains_on_with_it(tmp_path: Path) -> None:
     stage, put = Seen(), []
 
     def putting(half_life: int | None) -> Any:
@@ -81,14 +87,16 @@ def test_a_model_is_looked_at_without_dropout_and_trains_on_with_it() -> None:
         scored=["ema", "ema/5"],
         tracker=Silent(),
         between=lambda: None,
+        whose=str,
+        folder=tmp_path / "unfinished",
     )
     found = looks.evaluate()
     looks.show(3)
-    assert put == [20, 5, None, 20]
+    assert put == [20, 5, None, 20, None, 20]
     assert [one.scores for one in found] == [
         {"val/loss": 0.0, "eval/fid": 1.0},
         {"val/loss_ema5": 0.0, "eval/fid_ema5": 1.0},
         {"val/loss_raw": 0.0},
     ]
     assert [one.conditions["weights"] for one in found] == ["ema/20", "ema/5", "raw"]
-    assert not any(stage.states) and stage.module.training
+    assert not any(stage.states) and stage.module.training and list(tmp_path.iterdir()) == []

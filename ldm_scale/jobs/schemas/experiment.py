@@ -5,6 +5,7 @@ from enum import Enum
 
 from ldm_scale.conditioning.base import ConditionerConfig
 from ldm_scale.data.config import DataConfig
+from ldm_scale.data.samples import Task
 from ldm_scale.evaluation.statistics import Score
 from ldm_scale.first_stage.base import FirstStageConfig
 from ldm_scale.first_stage.loss import AutoencoderLossConfig
@@ -55,6 +56,10 @@ class EveryConfig:
                 raise ValueError(f"every.{name}={getattr(self, name)}; a number of images, or 0 for never")
 
 
+PROMPT_GUIDANCES = (1.0, 3.0, 7.0)
+"""Strengths of guidance that fixed captions are drawn at: none, usual, strong."""
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
     """Scores in training and after it."""
@@ -77,6 +82,9 @@ class EvaluationConfig:
     """Read colour, shape and position back from generated pictures; true in the toy world only."""
     grid: int
     """Pictures in a sample grid."""
+    prompts: dict[str, list[str]] = field(default_factory=dict)
+    """Captions by family (count, colour, text, rare): drawn beside the grid with averaged and with raw weights, at each
+    of PROMPT_GUIDANCES; {} for none."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "grid"):
@@ -84,6 +92,8 @@ class EvaluationConfig:
                 raise ValueError(f"evaluation.{name}={getattr(self, name)}; at least 1")
         if not self.weights:
             raise ValueError("evaluation.weights=[]; give at least one of ema, ema/H, raw")
+        if empty := [family for family, captions in self.prompts.items() if not captions]:
+            raise ValueError(f"evaluation.prompts.{empty[0]}=[]; give a caption, or leave the family out")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,6 +175,11 @@ class Experiment:
             )
         if self.unet is None and self.conditioning is not None:
             raise ValueError("conditioning is given but there is no unet for it to condition")
+
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        """`evaluation.prompts`, of a model that reads captions; none of any other."""
+        return self.evaluation.prompts if self.data.task is Task.text else {}
 
     @property
     def trains_first_stage(self) -> bool:
