@@ -39,7 +39,7 @@ class Score(Enum):
     kernel = "kernel"
     """KID. Keeps all features, 8 KB an image."""
     precision_recall = "precision_recall"
-    """Improved precision and recall. Keeps all features."""
+    """Improved precision and recall; on Inception's features by ADM's protocol. Keeps all features."""
     inception_score = "inception_score"
     """Of the generated images alone; needs a network that classifies."""
 

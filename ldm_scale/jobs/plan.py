@@ -242,7 +242,7 @@ def _scale(job: TrainJob, figures: Figures, work: Work, machine: Machine, world:
         return flops * math.ceil(parts / world) / max(parts, 1)
 
     evaluation = share(figures.evaluation_flops, math.ceil(job.evaluation.images / job.evaluation.batch))
-    prompting = share(figures.prompting_flops, len(job.prompts) * len(PROMPT_GUIDANCES))
+    prompting = share(figures.prompting_flops, len(job.prompts))
     looks = [(evaluation, job.every.evaluate), (figures.showing_flops + prompting, job.every.sample)]
     looking = sum(flops / every for flops, every in looks if every) / machine.matmul  # seconds, per image trained on
     seconds = 1 / step.images_per_s + looking

@@ -6,7 +6,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -388,18 +388,19 @@ class DiffusionStage(Stage):
         pictures_NGHWC = torch.zeros(
             len(captions), len(PROMPT_GUIDANCES), side, side, IMAGE_CHANNELS, dtype=torch.uint8
         )
-        parts = list(product(rows, range(len(PROMPT_GUIDANCES))))
-        for (own, column), counts in shared(parts):
-            between()
+        for column, guidance in enumerate(PROMPT_GUIDANCES):
             generator = self._generator()
-            sampler = replace(generator.sampler, guidance=PROMPT_GUIDANCES[column])
-            images_BCHW = replace(generator, sampler=sampler).images(captions[own.start : own.stop], own)
-            if counts:
-                pictures_NGHWC[own.start : own.stop, column] = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu()
+            generator = replace(generator, sampler=replace(generator.sampler, guidance=guidance))
+            for own, counts in shared(rows):  # of one strength at once: under zero3 every forward pass is collective
+                between()
+                images_BCHW = generator.images(captions[own.start : own.stop], own)
+                if counts:
+                    pictures_NGHWC[own.start : own.stop, column] = to_uint8(images_BCHW).permute(0, 2, 3, 1).cpu()
         add_up(pictures_NGHWC)
         strengths = [f"guidance {guidance:g}" for guidance in PROMPT_GUIDANCES]
         named = [f"{family}: {caption}" for family, captions in families.items() for caption in captions]
-        labels = [label for name in named for label in (f"{name} ({strengths[0]})", *strengths[1:])]
+        labels = [label for name in named for label in (name, *strengths[1:])]
+        title = f"{title}; {strengths[0]}, then stronger"
         return labelled_grid(pictures_NGHWC.flatten(0, 1).numpy(), labels, columns=len(strengths), title=title)
 
     def _progressive(self, captions: list[str], title: str) -> np.ndarray:

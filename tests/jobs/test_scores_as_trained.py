@@ -1,5 +1,6 @@
 """What a training says and shows of itself, and what its checkpoint then gives, in the precision that it trains in."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,21 @@ def prompted(run: Path, weights: str, title: str) -> np.ndarray:
     """The picture of prompt families, drawn anew from the newest checkpoint."""
     source = loading.TrainingRun(RunDir(run), name="latest", which=weights)
     job, trained = config.job_from_plain("train", storage.read_json(run / "config.json")), source.load_as_trained(CPU)
-    pictures, labels = [], []
-    prompts = [(family, caption) for family, captions in job.evaluation.prompts.items() for caption in captions]
-    assert [family for family, _ in prompts] == ["count", "count", "colour", "place", "rare"]
-    for index, (family, caption) in enumerate(prompts):
-        for guidance in (1, 3, 7):
-            sampler = config.compose("sample", ["run_dir=x", f"sampler.guidance={guidance}", "sampler.steps=2"]).sampler
+    families = job.evaluation.prompts
+    assert list(families) == ["count", "colour", "place", "rare"] and len(families["count"]) == 2
+    columns, begin = {guidance: list[torch.Tensor]() for guidance in (1, 3, 7)}, 0
+    for captions in families.values():
+        for guidance, column in columns.items():
             generator = Generator(
                 model=trained.model, first_stage=trained.first_stage, latent_scale=trained.latent_scale,
-                sampler=sampler, size=(32, 32), seed=job.seed,
+                sampler=replace(job.sampler, guidance=float(guidance)), size=(32, 32), seed=job.seed,
             )  # fmt: skip
-            pictures.append(to_uint8(generator.images([caption], [index]))[0].permute(1, 2, 0).numpy())
-            labels.append(f"guidance {guidance}" if guidance > 1 else f"{family}: {caption} (guidance 1)")
-    return labelled_grid(np.stack(pictures), labels, columns=3, title=title)
+            column.append(to_uint8(generator.images(captions, range(begin, begin + len(captions)))))
+        begin += len(captions)
+    rows_NGCHW = torch.stack([torch.cat(column) for column in columns.values()], dim=1)
+    named = [f"{family}: {caption}" for family, captions in families.items() for caption in captions]
+    labels = [label for name in named for label in (name, "guidance 3", "guidance 7")]
+    return labelled_grid(rows_NGCHW.flatten(0, 1).permute(0, 2, 3, 1).numpy(), labels, columns=3, title=title)
 
 
 @pytest.mark.slow
@@ -59,7 +62,7 @@ def test_a_checkpoint_has_the_scores_and_pictures_that_its_training_logged(
     weights = {"ema": "ema/32", "ema/8": "ema/8", "raw": "raw"}
     how = [
         "engine.precision=bf16", "ema_half_lives=[32,8]", f"evaluation.weights=[{','.join(weights)}]",
-        "every.evaluate=48", "every.sample=48", "total_images=48", *HOW,
+        "every.evaluate=48", f"every.sample={0 if engine == 'zero3' else 48}", "total_images=48", *HOW,
         "evaluation.prompts={count:[a small red circle,a large red circle]}",
     ]  # fmt: skip
     toy.train(tmp_path / "run", *how, engine=engine, world=world).finish()
@@ -70,8 +73,9 @@ def test_a_checkpoint_has_the_scores_and_pictures_that_its_training_logged(
         logged = {name: plain[name] for name in found["scores"]}
         assert found["scores"] == (pytest.approx(logged, rel=tolerance) if tolerance else logged), which
         assert {**found["conditions"], "weights": named}.items() <= inside[named].items()
+    if engine == "zero3":
+        return
     for name, which, words in (("prompts", "ema", "averaged"), ("prompts_raw", "raw", "raw")):
         with Image.open(tmp_path / "run" / "media" / f"samples__{name}" / f"{48:012d}.png") as picture:
-            shown = np.asarray(picture).astype(int)
-        off = abs(shown - prompted(tmp_path / "run", which, f"{words} weights after 48 images"))
-        assert off.max() <= (0 if tolerance == 0 else 2), name
+            expected = prompted(tmp_path / "run", which, f"{words} weights after 48 images; guidance 1, then stronger")
+            assert (np.asarray(picture) == expected).all(), name
