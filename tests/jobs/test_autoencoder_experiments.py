@@ -13,6 +13,7 @@ from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.data.loader import Loader
 from ldm_scale.first_stage.vq import AutoencoderVQ
 from ldm_scale.jobs import config
+from ldm_scale.jobs.kept import Kept
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import AutoencoderStage
 from ldm_scale.training.ema import EMA
@@ -88,12 +89,12 @@ def test_operations_are_counted_as_a_step_does_them(kind: str, world: Path) -> N
 
 
 @pytest.mark.slow
-def test_restarts_bring_most_of_the_codebook_into_use(world: Path) -> None:
+def test_restarts_bring_most_of_the_codebook_into_use(world: Path, tmp_path: Path) -> None:
     """Held-out use after 48 steps, with dead entries started again and without."""
     quick = ["first_stage.channels=8", "autoencoder_loss.codebook_window=192", "optimizer.schedule=constant"]
     restarted, left = (
         Training("autoencoder_vq_f4", world, 48, f"autoencoder_loss.restart_codes={restart}", *quick).stage.evaluate(
-            lambda: None
+            lambda: None, Kept(tmp_path / str(restart), {})
         )
         for restart in (True, False)
     )
