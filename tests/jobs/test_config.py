@@ -147,6 +147,10 @@ def test_a_frozen_text_encoder_trains_on_what_the_cache_holds(overrides: list[st
     assert said in refusal([*CLIP, *overrides])
 
 
+def test_what_is_taken_needs_something_to_take_it_from() -> None:
+    assert "init_what=ema without init" in refusal([*TOY, "init_what=ema"])
+
+
 def test_only_a_frozen_text_encoder_can_be_cached() -> None:
     assert config.compose("precompute_latents", [*CLIP, "precompute.text_embeddings=true"]).precompute.text_embeddings
     message = refusal([*TOY, "precompute.text_embeddings=true"], "precompute_latents")

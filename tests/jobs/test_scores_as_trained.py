@@ -54,7 +54,11 @@ def prompted(run: Path, weights: str, title: str) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "world", "tolerance"),
-    [("ddp", 2, 1e-9), ("zero1", 1, 0), ("zero3", 1, 1e-3)],  # zero3 multiplies by a linear layer of its own
+    [
+        ("ddp", 2, 1e-9),
+        ("zero1", 1, 0),
+        pytest.param("zero3", 1, 1e-3, marks=pytest.mark.faults),  # it multiplies by a linear layer of its own
+    ],
 )
 def test_a_checkpoint_has_the_scores_and_pictures_that_its_training_logged(
     engine: str, world: int, tolerance: float, toy: Toy, tmp_path: Path
