@@ -1,11 +1,10 @@
-"""What a training gives its model: the newest samples, to be looked at; and how all since the last log line were.
+"""What a training gives its model: samples of a batch, to be looked at; and how all since the last log line were.
 
 Taken where the model is called, so that whatever went wrong on the way there shows. Nothing waits for the device.
 
 Shape letters: B batch, C channels, H W height and width.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +48,21 @@ class Intake:
     def __init__(self, *, shown: int, expected: Spread | None = None, conditioner: Conditioner | None = None) -> None:
         """Begin with nothing.
 
-        shown        newest samples that are kept
+        shown        samples that are kept of a global batch, at most
         expected     what was measured of the latents; None where samples are none
         conditioner  of the model, which knows what its inputs say
         """
         self._shown, self._spread, self._conditioner = shown, expected, conditioner
-        self._newest: deque[Given] = deque()
+        self._watching = False
+        self._newest: list[Given] = []
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+
+    def watch(self, on: bool) -> None:
+        """Whether samples of the global batch that begins are kept, in place of those before: it takes copies."""
+        self._watching = on
+        if on:
+            self._newest = []
 
     def take(self, given: Given, inputs: Tensor | None) -> None:
         """One micro batch is given to the model; `inputs` are its conditioning inputs before any was dropped."""
@@ -69,12 +75,12 @@ class Intake:
             values |= {f"data/caption_{name}": of_B.float().mean() for name, of_B in lengths.items()}
         self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in values.items()}
         self._count += 1
-        self._newest.append(given.first(self._shown))
-        while sum(len(one.keys) for one in list(self._newest)[1:]) >= self._shown and len(self._newest) > 1:
-            self._newest.popleft()
+        room = self._shown - sum(len(one.keys) for one in self._newest)
+        if self._watching and room > 0:
+            self._newest.append(given.first(room))
 
     def newest(self) -> Given | None:
-        """The samples that were given last; None before the first."""
+        """The samples that are kept; None before the first."""
         if not self._newest:
             return None
         told = [one.told for one in self._newest if one.told is not None]
@@ -83,7 +89,7 @@ class Intake:
             torch.cat(told) if told else None,
             [caption for one in self._newest for caption in one.captions],
             [key for one in self._newest for key in one.keys],
-        ).first(self._shown)
+        )
 
     def since_last_line(self) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
         """Means over all that was given since this was last called, and means of squares, whose roots are told.

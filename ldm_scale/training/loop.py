@@ -106,7 +106,11 @@ def fit(run: Run) -> Outcome:
             before, after = run.images_seen, run.images_seen + run.global_batch
             last = after >= run.total_images
             logs = run.log_clock.fires(before, after) or last
+            saves = run.save_clock.fires(before, after) or last
+            due = _due(run, before, after, end=last)
+            waits = logs or saves or due.evaluate or due.show
             run.movement.watch(logs)
+            run.intake.watch(waits)  # a person can ask for pictures then, too
             metrics = _global_batch(run, micro_batches, rate)
             run.images_seen = after
             run.ema.update(run.global_batch, run.images_seen)
@@ -116,12 +120,7 @@ def fit(run: Run) -> Outcome:
             run.watchdog.beat()
             if not run.startup.is_over:
                 _started(run)
-            run.due = Due(
-                evaluate=run.evaluate_clock.fires(before, run.images_seen, end=last),
-                show=run.sample_clock.fires(before, run.images_seen, end=last),
-            )
-            saves = run.save_clock.fires(before, run.images_seen) or last
-            waits = logs or saves or run.due.evaluate or run.due.show
+            run.due = due
             asked = run.control.wishes() if waits else NOTHING
             told = run.preemption.received
             heard = run.guard.hear(before, metrics, told_to_stop=told, asked=asked, at_once=waits)
@@ -141,6 +140,12 @@ def fit(run: Run) -> Outcome:
                 _save(run)
             run.control.done(heard.asked, run.images_seen)
     return "stopped" if stopped else "preempted" if stop else "finished"
+
+
+def _due(run: Run, before: int, after: int, *, end: bool) -> Due:
+    return Due(
+        evaluate=run.evaluate_clock.fires(before, after, end=end), show=run.sample_clock.fires(before, after, end=end)
+    )
 
 
 def _global_batch(run: Run, micro_batches: Iterator[Any], rate: float) -> Metrics | None:

@@ -98,11 +98,11 @@ def test_a_run_directory_tells_the_whole_story(undisturbed: RunDir) -> None:
 
 @pytest.mark.slow
 def test_the_newest_batches_are_shown_as_the_unet_was_given_them(world: Any, undisturbed: RunDir) -> None:
-    """The first of the last 16: drawn from its posterior and scaled as in its step, decoded, to a grey value."""
+    """The first of the last batch: drawn from its posterior and scaled as in its step, decoded, to a grey value."""
     overrides = world.tiny_training("name=undisturbed")[2:]
     job: TrainJob = config.compose("train", overrides)
     source = job.data.latent_source(job.data.open_latents(), job.seed)
-    at = torch.tensor([80])
+    at = torch.tensor([88])
     moments = Moments.unpack(source.read(at.numpy()).moments, MomentsKind.GAUSSIAN)
     noise = rng.normal(job.seed, "diffusion/posterior", at, tuple(moments.mean.shape[1:]))
     image = loading.first_stage(job.first_stage).decode(moments.sample(noise)).clamp(-1, 1)
