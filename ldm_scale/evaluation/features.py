@@ -1,8 +1,9 @@
 """Features of images: what Frechet distance and its relatives are computed on.
 
-Images in, one vector per image out; knows no model, image file or score. Two networks: a fixed random one that needs
-nothing (`fd_random`), and the Inception of FID (Heusel et al. 2017) as torch-fidelity evaluates it. A score is called
-FID only when the weights are the published ones.
+Images in, one vector per image out; knows no model, image file or score. A fixed random network that needs nothing
+(`fd_random`); the Inception of FID (Heusel et al. 2017) and the VGG-16 of improved precision and recall
+(Kynkaanniemi et al. 2019), as torch-fidelity evaluates them. A score is called FID only when the weights are the
+published ones.
 
 Shape letters: B batch, C channels, H W height and width, D feature width.
 """
@@ -19,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
 from ldm_scale.core import rng, storage, tensors
 
@@ -128,9 +130,7 @@ class InceptionFeatures(Features):
                 f"{file} does not exist; FID needs it. Run `make fetch-weights` on a machine with internet, copy the "
                 "folder here and point paths.weights at it"
             )
-        torch.load(
-            file, map_location="cpu", weights_only=True
-        )  # refuse a pickle that runs code: the next line would not
+        _refuse_code(file)
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
         self.dim, self.classes = 2048, self.network.fc.out_features
         self._resizing = resizing
@@ -158,6 +158,33 @@ class InceptionFeatures(Features):
     def _pooled(self, pixels_BCHW: Tensor) -> Tensor:
         features_BD: Tensor = self.network(pixels_BCHW)[0]
         return features_BD
+
+
+class VggFeatures(Features):
+    """The 4,096 activations of VGG-16's second fully connected layer, of images resized to 224 x 224.
+
+    On these Kynkaanniemi et al. 2019 define improved precision and recall. Theirs were TensorFlow's weights; these are
+    torchvision's, as torch-fidelity takes them.
+
+    file  torchvision's VGG-16, whole
+    """
+
+    def __init__(self, file: str | Path):
+        super().__init__()
+        _refuse_code(Path(file))
+        self.network = FeatureExtractorVGG16("vgg16", ["fc2_relu"], str(file))
+        self.name, self.dim = "fd_vgg16", 4096
+        self.digest = storage.sha256_file(file)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        features_BD: Tensor = self.network(tensors.to_uint8(images_BCHW))[0]
+        return features_BD
+
+
+def _refuse_code(file: Path) -> None:
+    """Refuse a pickle that runs code: torch-fidelity would not."""
+    torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _resize_cleanly(pixels_BCHW: Tensor) -> Tensor:

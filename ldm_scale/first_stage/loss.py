@@ -204,7 +204,7 @@ def perceptual_network(config: AutoencoderLossConfig, weights: str | None) -> "F
     """
     if config.perceptual is not PerceptualKind.lpips:
         return perceptual_architecture(config)
-    vgg16 = torch.load(_vgg16_file(weights), weights_only=True, map_location="cpu")
+    vgg16 = torch.load(vgg16_file(weights), weights_only=True, map_location="cpu")
     distance = perceptual_architecture(config)
     assert distance is not None
     load_vgg16(distance.network, vgg16)
@@ -268,17 +268,20 @@ class RandomFeatureDistance(nn.Module):
         return distances_B
 
 
-def _vgg16_file(weights: str | None) -> str:
-    """The path of VGG16_FILE, proven whole."""
+def vgg16_file(weights: str | None) -> str:
+    """The path of VGG16_FILE in the directory `weights`, proven whole.
+
+    raises  FileNotFoundError where it is not there, ValueError where it is damaged
+    """
     remedy = (
-        "run `make fetch-weights` (on a machine with internet) and point paths.weights at it, or do without LPIPS: "
+        "run `make fetch-weights` (on a machine with internet) and point paths.weights at it, or do without VGG-16: "
         "autoencoder_loss.perceptual=none or random, evaluation.features=random"
     )
     if weights is None:
-        raise FileNotFoundError(f"LPIPS needs {VGG16_FILE}, and paths.weights is not set; {remedy}")
+        raise FileNotFoundError(f"VGG-16 is asked for ({VGG16_FILE}), and paths.weights is not set; {remedy}")
     path = os.path.join(weights, VGG16_FILE)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"LPIPS needs {path}, which is not there; {remedy}")
+        raise FileNotFoundError(f"VGG-16 is asked for, and {path} is not there; {remedy}")
     expected = VGG16_FILE.removesuffix(".pth").rpartition("-")[2]
     if not (found := sha256_file(path)).startswith(expected):
         raise ValueError(

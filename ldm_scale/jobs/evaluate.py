@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -104,6 +105,8 @@ class _Scored:
     """A first stage, and what is said of it."""
 
     network: FirstStage
+    dtype: torch.dtype
+    """Of its weights while it is scored."""
     described: str
     """Which weights these are, in words."""
     data: DataConfig
@@ -120,7 +123,7 @@ def _trained(job: EvaluateJob, trained: loading.RunWeights) -> _Scored:
         transform=replace(data.transform, size=job.data.size or data.transform.size),
     )
     described = f"{job.run_dir}: {trained.described}"
-    return _Scored(trained.first_stage(), described, data, _out(job, trained.checkpoint))
+    return _Scored(trained.first_stage(), trained.dtypes.parameter, described, data, _out(job, trained.checkpoint))
 
 
 def _given(job: EvaluateJob) -> _Scored:
@@ -128,9 +131,8 @@ def _given(job: EvaluateJob) -> _Scored:
     assert checkpoint is not None and size is not None, "EvaluateJob checks it"
     transform = ImageTransformConfig(size=size)
     data = DataConfig(validation=job.data.images, transform=transform, task=Task.unconditional)
-    return _Scored(
-        loading.described_first_stage(checkpoint), checkpoint, data, Path(checkpoint) / "evaluation" / "weights"
-    )
+    network, out = loading.described_first_stage(checkpoint), Path(checkpoint) / "evaluation" / "weights"
+    return _Scored(network, torch.float32, checkpoint, data, out)
 
 
 def _score_first_stage(job: EvaluateJob, scored: _Scored, between: Between) -> None:
@@ -145,6 +147,7 @@ def _score_first_stage(job: EvaluateJob, scored: _Scored, between: Between) -> N
     }  # fmt: skip
     out = scored.out.with_name(f"{scored.out.name}_{held_out.digest[:8]}_{scored.data.transform.size}")
     transform = jobs_config.to_plain(scored.data.transform)
+    network.to(scored.dtype)
     with kept_beside(out) as folder:
         kept = Kept(folder, {**conditions, **scores.identity(network), "transform": transform})
         found = scores(network, between, kept)

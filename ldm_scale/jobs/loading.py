@@ -20,7 +20,7 @@ from ldm_scale.jobs import config as jobs_config
 from ldm_scale.latent_diffusion.model import LatentDiffusion, LatentDiffusionConfig
 from ldm_scale.training import checkpoint_files
 from ldm_scale.training.ema import half_life_of
-from ldm_scale.training.engine import DTYPES, EngineKind, Precision
+from ldm_scale.training.engine import DTYPES, Dtypes, EngineKind, Precision
 
 LATENTS = "latents"
 """Key of a first stage's config.json: what its latents look like, and on how many images."""
@@ -157,6 +157,12 @@ class RunWeights:
         return self.job["unet"] is None
 
     @property
+    def dtypes(self) -> Dtypes:
+        """The number types of the training: in these it scored its weights."""
+        engine = self.job["engine"]
+        return DTYPES[EngineKind[engine["kind"]], Precision[engine["precision"]]]
+
+    @property
     def digest(self) -> str:
         """Tells these weights apart from all others, without reading them."""
         return f"{self._kind} of {storage.read_json(self.checkpoint / checkpoint_files.COMPLETE)['digest']}"
@@ -220,8 +226,7 @@ class TrainingRun(ModelSource):
         Scores that it logged come out again, exactly.
         """
         loaded, encoder = self._load(device)
-        engine = self._weights.job["engine"]
-        dtypes = DTYPES[EngineKind[engine["kind"]], Precision[engine["precision"]]]
+        dtypes = self._weights.dtypes
         loaded.model.use_dtypes(parameter=dtypes.parameter, compute=dtypes.compute)
         if encoder is not None and isinstance(loaded.model.conditioner, CachedTextConditioner):
             loaded.model.conditioner.use(encoder.to(device))

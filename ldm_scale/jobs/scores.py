@@ -23,11 +23,11 @@ from ldm_scale.data.config import DataConfig
 from ldm_scale.data.order import Order
 from ldm_scale.data.sources import ImageBatch, ImageSource
 from ldm_scale.evaluation.alignment import ClipScore, caption_accuracy
-from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing
+from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing, VggFeatures
 from ldm_scale.evaluation.reconstruction import detail, psnr, ssim
 from ldm_scale.evaluation.statistics import Collector, Statistics, compare, load_reference
 from ldm_scale.first_stage.base import FirstStage, Rebuilt
-from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network
+from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network, vgg16_file
 from ldm_scale.first_stage.vq import AutoencoderVQConfig, perplexity, usage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.kept import Between, Kept, Result, results
@@ -356,3 +356,5 @@ def features_of(config: EvaluationConfig, paths: PathsConfig) -> Features:
             return InceptionFeatures(Path(paths.weights))
         case FeatureNetwork.inception_clean:
             return InceptionFeatures(Path(paths.weights), Resizing.clean)
+        case FeatureNetwork.vgg16:
+            return VggFeatures(vgg16_file(paths.weights))

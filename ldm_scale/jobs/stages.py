@@ -199,7 +199,7 @@ class AutoencoderStage(Stage):
         )  # fmt: skip
 
     def match(self, dtypes: Dtypes) -> None:
-        """What is given back is judged in float32."""
+        self.module.to(dtypes.parameter)
 
     def validate(self, between: Between, suffix: str) -> dict[str, float]:
         """Its scores say it all."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from collect_scores import images
 from torch import nn
+from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -18,8 +20,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm_scale.core import tensors
-from ldm_scale.evaluation.features import RandomFeatures
+from ldm_scale.core.shares import ranges
+from ldm_scale.evaluation.features import RandomFeatures, VggFeatures
 from ldm_scale.evaluation.statistics import Collector, Score, Statistics, compare, load_reference, save_reference
+from ldm_scale.first_stage.loss import VGG16_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore:40 images for 120 features")
 
@@ -73,6 +77,19 @@ def test_scores_are_torch_fidelitys_and_do_not_depend_on_the_world(tmp_path: Pat
     assert {name: alone[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
+class Pictures(torch.utils.data.Dataset[torch.Tensor]):
+    """For torch-fidelity: bytes, one picture at a time."""
+
+    def __init__(self, images_BCHW: torch.Tensor) -> None:
+        self._pixels_BCHW = tensors.to_uint8(images_BCHW)
+
+    def __len__(self) -> int:
+        return len(self._pixels_BCHW)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self._pixels_BCHW[i]
+
+
 class Seen(nn.Identity):
     """For torchmetrics: what it is given as images are the features of the network already."""
 
@@ -92,6 +109,28 @@ def adm_share(these: torch.Tensor, by: torch.Tensor) -> float:
     squared = [((by[:, None] - of[None]).double() ** 2).sum(-1).numpy() for of in (by, these)]
     radii = np.partition(squared[0], 3, axis=1)[:, 3]
     return float((squared[1] <= radii[:, None]).any(axis=0).mean())
+
+
+@pytest.mark.slow
+def test_precision_and_recall_on_vgg16_are_torch_fidelitys(tmp_path: Path):
+    """Kynkaanniemi et al. 2019, from pictures to shares; seeded random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(torchvision.models.vgg16().state_dict(), tmp_path / VGG16_FILE)
+    file, count, scores = tmp_path / VGG16_FILE, 14, [Score.precision_recall]
+    features, sets = VggFeatures(file), []
+    for of in ("generated", "real"):
+        collector = Collector(features, count, scores)
+        for indices in ranges(count, BATCH):
+            collector.add(indices.start, collector.look(images(of, indices)))
+        sets.append(collector.finish())
+    theirs = calculate_metrics(
+        input1=Pictures(images("generated", range(count))), input2=Pictures(images("real", range(count))), prc=True,
+        feature_extractor="vgg16", feature_extractor_weights_path=str(file), cuda=False, cache=False, verbose=False,
+    )  # fmt: skip
+    found = compare(*sets, scores, features.name)
+    assert found == pytest.approx({f"{name}_vgg16": theirs[name] for name in ("precision", "recall")}, rel=1e-4)
+    assert 0 < found["precision_vgg16"] < 1 or 0 < found["recall_vgg16"] < 1
 
 
 def test_published_scores_have_the_names_of_papers():

@@ -1,5 +1,6 @@
 """evaluate.py of first stages: given ones and trained ones; what their latents look like; pictures of the worst."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,27 @@ def test_a_trained_first_stage_scores_as_in_training_and_says_what_its_latents_a
     assert said["std"] == pytest.approx(variance.sqrt().item(), rel=1e-4)
     assert (said["images"], said["data"]) == (8, held_out.digest)
     assert loading.stated_scale(replace(network.config, checkpoint=str(run.path))) == 1 / said["std"]
+
+
+@pytest.mark.slow
+def test_a_first_stage_in_bfloat16_scores_as_in_training_and_goes_on_when_killed(world: Any):
+    """ZeRO's weights are bfloat16 themselves: training and `evaluate.py` look at them so."""
+    run = RunDir(world.path / "runs/autoencoder_kl_f4/half")
+    how = ["evaluation.images=24", "evaluation.batch=1"]
+    precision = ["engine=zero1", "engine.precision=bf16"]
+    world.run(world.autoencoder("name=half", *precision, "every.evaluate=64", "every.save=64", *how))
+    logged = [line for line in run.read_lines(run.metrics) if "eval/psnr" in line][-1]
+    score = world.job("evaluate.py", f"run_dir={run.path}", *QUICK[2:], *how)
+
+    def kept() -> list[Path]:
+        return list(run.path.rglob("evaluation/*.unfinished/0*.safetensors"))
+
+    assert world.interrupted(score, lambda: len(kept()) >= 2, signal.SIGKILL) == -signal.SIGKILL
+    assert kept()
+    world.run(score)
+    (file,) = run.path.glob("evaluation/*.json")
+    scores = storage.read_json(file)["scores"]
+    assert scores == {name: logged[name] for name in scores} and not kept()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Scores in training, and the same scores made beside it by `evaluate.py watch=RUN`."""
 
+import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,13 +22,16 @@ def scores(run_dir: RunDir) -> dict[tuple[int, str], dict[str, float]]:
 
 @pytest.mark.slow
 def test_scores_in_training_and_beside_it_are_the_same_numbers(world: Any) -> None:
-    asked = ["every.save=48", "evaluation.weights=[ema,raw]", "unet.dropout=0.2"]
+    asked = ["every.save=48", "evaluation.weights=[ema,raw]", "evaluation.batch=2", "unet.dropout=0.2"]
     world.run(world.tiny_training("name=scored", *asked))
     inside = scores(RunDir(world.path / "runs" / "txt2img_laion" / "scored"))
     world.run(world.tiny_training("name=watched", "every.evaluate=0", *asked))
     watched = RunDir(world.path / "runs" / "txt2img_laion" / "watched")
     assert scores(watched) == {}
     command = world.job("evaluate.py", f"watch={watched.path}")
+    kept, number = watched.unfinished("watch"), signal.SIGKILL
+    assert world.interrupted(command, lambda: len(list(kept.rglob("0*.safetensors"))) >= 2, number) == -number
+    assert list(kept.rglob("0*.safetensors")) and scores(watched) == {}
     world.run(command)
     beside = scores(watched)
     assert beside.keys() == {(images, weights) for images in (48, 96) for weights in ("ema/32", "raw")}

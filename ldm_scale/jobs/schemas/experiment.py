@@ -27,6 +27,8 @@ class FeatureNetwork(Enum):
     """Inception v3 of the FID paper, from `paths.weights`; logs `fid`. First stages log `lpips` too, by VGG16 there."""
     inception_clean = "inception_clean"
     """The same on images resized as clean-fid does; logs `fid_clean`."""
+    vgg16 = "vgg16"
+    """VGG-16, from `paths.weights`: precision and recall as first published; logs `precision_vgg16`, `recall_vgg16`."""
 
 
 @dataclass(kw_only=True, slots=True)
