@@ -4,14 +4,12 @@ The loop knows one protocol; what stands behind it is files, W&B, several at onc
 but `Silent`, so a tracker knows neither rank nor world. Progress is counted in images seen.
 """
 
-import errno
 import json
 import logging
 import math
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -31,7 +29,7 @@ from ldm_scale.tracking.weights_and_biases import Place, Wandb
 
 CAPTION_KEY = "caption"  # PNG text chunk that holds a picture's caption
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_MOST_WAITING = 1 << 26  # bytes of a file's lines: days of them
 _LOG = logging.getLogger(__name__)
 
 
@@ -91,7 +89,7 @@ class JsonLines:
     for a torn last line. JSON has no word for a number that is not finite: among metrics it is null, in an event a
     string.
 
-    A full disk ends no training here: lines wait until there is room, pictures are left out.
+    A disk that is full or fails ends no training here: lines wait until it takes them, pictures are left out.
     """
 
     def __init__(self, run_dir: RunDir, alert_command: str | None = None) -> None:
@@ -118,8 +116,11 @@ class JsonLines:
         text.add_itxt(CAPTION_KEY, caption)
         text.add_itxt(CELLS_KEY, json.dumps([{"place": place, "told": dict(told)} for place, told in cells]))
         path = media_file(self._run_dir, name, images_seen)
-        with _room_or_warning(path), storage.atomic_write(path) as file:
-            Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
+        try:
+            with storage.atomic_write(path) as file:
+                Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
+        except OSError as error:
+            _LOG.warning("%s is left out: %s", path, error)
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
         now, fields = {"time": time.time(), "images_seen": images_seen}, without_secrets(fields)
@@ -219,27 +220,23 @@ def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:
 
 
 class _Lines:
-    """A file that grows by lines; those that its disk has no room for wait, and follow when there is some."""
+    """A file that grows by lines; those that its disk does not take wait, and follow when it does."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._waiting = path, b""
+        self._path, self._waiting, self._fails = path, b"", False
 
     def append(self, line: dict[str, Any]) -> None:
-        self._waiting += _json_line(line)
-        with _room_or_warning(self._path), open(self._path, "ab", buffering=0) as file:
-            while self._waiting:  # a line may fit in part
-                self._waiting = self._waiting[file.write(self._waiting) :]
-
-
-@contextmanager
-def _room_or_warning(path: Path) -> Iterator[None]:
-    """Go on where a disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        _LOG.warning("%s: %s", path, error.strerror)
+        if len(self._waiting) < _MOST_WAITING:
+            self._waiting += _json_line(line)
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                while self._waiting:  # a line may fit in part
+                    self._waiting = self._waiting[file.write(self._waiting) :]
+            self._fails = False
+        except OSError as error:
+            if not self._fails:
+                _LOG.warning("%s: %s; lines wait until it can be written", self._path, error.strerror)
+            self._fails = True
 
 
 def _json_line(line: dict[str, Any]) -> bytes:

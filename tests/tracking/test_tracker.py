@@ -121,7 +121,7 @@ def test_config_builds_and_refuses(tmp_path):
         TrackerConfig(project="a/b")
 
 
-def test_lines_that_find_a_full_disk_wait_for_room(tmp_path):
+def test_lines_that_a_disk_does_not_take_wait_and_are_told_of_once(tmp_path, caplog):
     run_dir = RunDir(tmp_path)
     tracker = JsonLines(run_dir)
     tracker.start({})
@@ -129,7 +129,13 @@ def test_lines_that_find_a_full_disk_wait_for_room(tmp_path):
     run_dir.metrics.rename(tmp_path / "aside")
     run_dir.metrics.symlink_to("/dev/full")
     tracker.log(20, {"train/loss": 2.0})
+    run_dir.metrics.unlink()
+    run_dir.metrics.mkdir()  # as good as a disk that fails
     tracker.log(30, {"train/loss": 1.0})
+    run_dir.metrics.rmdir()
+    run_dir.media.write_text("no directory")
+    tracker.images(30, "samples/grid", PICTURE, "left out")
     (tmp_path / "aside").rename(run_dir.metrics)
     tracker.log(40, {"train/loss": 0.0})
     assert [line["images_seen"] for line in run_dir.read_lines(run_dir.metrics)] == [10, 20, 30, 40]
+    assert ["metrics.jsonl" in told.message for told in caplog.records] == [True, False]
