@@ -115,7 +115,8 @@ def fit(run: Run) -> Outcome:
             run.images_seen = after
             run.ema.update(run.global_batch, run.images_seen)
             run.meter.mark("ema")
-            run.meter.step(run.global_batch)
+            if metrics is not None:
+                run.meter.step(run.global_batch)
             run.garbage.step()
             run.watchdog.beat()
             if not run.startup.is_over:

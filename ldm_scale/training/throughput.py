@@ -6,6 +6,7 @@ the vendor's figure for known GPUs, a measured matrix product elsewhere.
 """
 
 import math
+import re
 import resource
 import statistics
 import time
@@ -23,7 +24,11 @@ from ldm_scale.training.telemetry import STEP_PARTS, Ranks, Straggler, Timeline
 _BACKWARD_AND_FORWARD = 3.0  # each product of the forward pass costs two more in the backward pass
 _RANGE: dict[str, Callable[[list[float]], float]] = {"min": min, "median": statistics.median_low, "max": max}
 _WORST_IS_LEAST = ("gpu_clock_mhz",)
-_DENSE_BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+_DENSE_BF16_PEAKS = {  # by words of the device's name; variants before what they are variants of
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
+    "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "GB300": 2500e12, "L40S": 362e12,
+}  # fmt: skip
+_SIDE, _PRODUCTS = {"cpu": 1024, "cuda": 8192}, {"cpu": 1, "cuda": 4}  # on a GPU small ones wait for Python
 
 
 def training_flops(forward: Callable[[], object], images: int) -> float:
@@ -42,23 +47,32 @@ def forward_flops(forward: Callable[[], object]) -> float:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Dense operations per second of one device in `dtype`."""
     if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, peak in _DENSE_BF16_PEAKS.items():
-            if known in name:
-                return peak
+        peak = published_peak(torch.cuda.get_device_name(device))
+        if peak is not None:
+            return peak
     return _measured_peak(device, dtype)
 
 
-def _measured_peak(device: torch.device, dtype: torch.dtype, side: int = 1024, repeats: int = 8) -> float:
+def published_peak(name: str) -> float | None:
+    """The vendor's dense bfloat16 operations per second of the GPU of this name; None for one of no known kind."""
+    words = set(re.split("[ -]", name))
+    if "MIG" in words:  # a slice of one
+        return None
+    return next((peak for known, peak in _DENSE_BF16_PEAKS.items() if words.issuperset(known.split())), None)
+
+
+def _measured_peak(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> float:
     """Best of a few square matrix products."""
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
+    side, products = _SIDE[device.type], _PRODUCTS[device.type]
+    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    timeline, best = Timeline(device), math.inf
     for _ in range(repeats):
-        started = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+        timeline.restart()
+        for _ in range(products):
+            torch.mm(a, b, out=out)
+        timeline.mark("products")
+        best = min(best, timeline.read()["products"])
+    return 2 * side**3 * products / best
 
 
 class Meter:

@@ -49,6 +49,18 @@ def test_operations_of_a_unet_are_those_counted_by_hand_and_those_of_a_whole_ste
     assert found == 3 * by_hand(unet, z, t, context) / 2
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GB200", 2500e12), ("NVIDIA B200", 2250e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA RTX A1000", None),
+    ],
+)  # fmt: skip
+def test_peaks_are_known_by_whole_names(name: str, peak: float | None) -> None:
+    assert throughput.published_peak(name) == peak
+
+
 def test_peak_is_a_plausible_rate() -> None:
     assert 1e8 < throughput.peak_flops(torch.device("cpu"), torch.float32) < 1e14
 
