@@ -16,6 +16,8 @@ from ldm_scale.core.secrets import without_secrets
 
 Gathered = TypeVar("Gathered")
 
+PATIENCE = timedelta(weeks=4)
+"""How long processes wait for one another: a watchdog ends what hangs, and knows why."""
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: try again later; launchers requeue on status.json, schedulers may read this
 
 
@@ -38,7 +40,7 @@ def join() -> None:
     """Let processes that were launched together speak with each other, however long that may be between two words."""
     if world() > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(weeks=4))
+        dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def barrier() -> None:

@@ -1,6 +1,6 @@
 """Work in many parts, shared by all ranks, and its sums over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -30,6 +30,13 @@ def shared(parts: Sequence[Part]) -> Iterator[tuple[Part, bool]]:
 def own(parts: Sequence[Part]) -> Sequence[Part]:
     """The parts of this rank alone, where nothing in between is collective."""
     return parts[runtime.rank() :: runtime.world()]
+
+
+def from_main(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor, on the device of the job, by rank 0's. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def add_up(*tensors: Tensor) -> None:

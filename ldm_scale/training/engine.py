@@ -16,6 +16,7 @@ What the frameworks hide, seen with accelerate 1.15, deepspeed 0.19.8 and torch 
 - On CPU, Accelerate wraps DDP only when told cpu=True, and DeepSpeed only when not told so.
 - A foreign default_config.yaml reaches us as ACCELERATE_* variables; those that would change the numbers are removed.
 - A gradient norm that is not finite makes DeepSpeed skip the step. The other engines do the same here.
+- DeepSpeed talks over a clone of the world's group, with torch's own timeout: NCCL ends the process after ten minutes.
 """
 
 import logging
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm_scale.core import runtime
+from ldm_scale.core.shares import from_main
 from ldm_scale.nn.compilation import compile_blocks
 from ldm_scale.training.batch_fit import BatchFit as BatchFit
 from ldm_scale.training.batch_fit import FittedBatch, fit_batch
@@ -200,6 +202,7 @@ class Engine(ABC):
         self.accumulation = fitted.accumulation
         self.grad_clip, self._compile = config.grad_clip, config.compile
         self._accelerator = self._start(device)
+        _wait_long(None)
         self.device = self._accelerator.device
         self.rank, self.world = runtime.rank(), runtime.world()
         self._grad_norm = torch.full((), math.nan, device=self.device)
@@ -355,9 +358,7 @@ class PlainEngine(Engine):
     ) -> None:
         assert name not in self.companions, name
         module = self._with_synchronised_norms(name, module).to(self.device)
-        for tensor in module.parameters():
-            if self.world > 1:
-                dist.broadcast(tensor.detach(), src=0)
+        from_main(module.parameters())
         learner = Learner(module, optimizer, prefix=f"{name}.", learning_rate_ratio=learning_rate_ratio)
         autocast = _Autocast(module, self.device.type, self.compute_dtype)
         self.companions[name] = Companion(autocast, learner, self.accumulation)
@@ -433,15 +434,14 @@ class ZeroEngine(Engine):
         if scalars := [name for name, parameter in self.module.named_parameters() if parameter.ndim == 0]:
             raise ValueError(f"DeepSpeed cannot hold parameters of shape (): give {', '.join(scalars)} the shape (1,)")
         module.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts and flattens nothing else
-        for tensor in (*module.parameters(), *module.buffers()):
-            if self.world > 1:
-                dist.broadcast(tensor.detach(), src=0)
+        from_main((*module.parameters(), *module.buffers()))
         exact = self.precision is Precision.fp32
         weights = {} if exact else {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._adam = optimizer.build(self.module)
         self.model, _ = self._accelerator.prepare(module, self._adam)
         self._require_deepspeed()
+        _wait_long(self._deepspeed.data_parallel_group)
         self.masters = zero_masters(self.model, self.module, self._adam)
         _put_buffers(self.module, buffers)
         if weights:
@@ -573,6 +573,15 @@ def _forget_engines() -> None:
     """Accelerate keeps its state in singletons; without this, a second engine would inherit the first one's."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _wait_long(group: dist.ProcessGroup | None) -> None:
+    """Leave it to the watchdog to end what hangs in `group` (None: the world), and to say why.
+
+    Set once the group is there, so that a process that never comes is missed by torch's own limit.
+    """
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(runtime.PATIENCE, group)
 
 
 def _require_rendezvous() -> None:

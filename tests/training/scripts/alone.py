@@ -4,6 +4,9 @@ from pathlib import Path
 
 import tiny
 import torch
+import torch.distributed as dist
+
+from ldm_scale.core import runtime
 
 trained = []
 for kind in ("ddp", "zero1", "zero2", "zero3"):
@@ -13,6 +16,8 @@ for kind in ("ddp", "zero1", "zero2", "zero3"):
     assert start is not None
     assert all(torch.equal(start[name], exact[name]) for name in start), "masters were rounded"
     training.run(2)
+    for group in dist.distributed_c10d._world.pg_map:
+        assert group._get_backend(torch.device("cpu")).options._timeout == runtime.PATIENCE, kind
     training.engine.close()
     trained.append(kind)
 print(*trained)
