@@ -48,7 +48,7 @@ Result = TypeVar("Result")
 
 
 class Checkpoints:
-    """The checkpoints of one training. Every method but `path`, `close` and `numbers` is collective."""
+    """The checkpoints of one training. Every method but `path`, `release`, `close` and `numbers` is collective."""
 
     def __init__(
         self,
@@ -134,6 +134,13 @@ class Checkpoints:
             self._begin()
             self._settle(wait=True)
 
+    def release(self) -> None:
+        """Give back the host memory that saves took, which the process would else keep page-locked; after `drain`."""
+        assert self._saving is None, "it reads that memory"
+        if self._host is not None and torch.cuda.is_available() and self._host.numel():
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())))
+        self._host = None
+
     def close(self) -> None:
         """Let go, whatever other ranks do: a save under way has a few seconds left, and ends with the process."""
         if self._saving is not None:
@@ -145,9 +152,10 @@ class Checkpoints:
         The last is counted from the weights that were saved or loaded last; where there are none, from the beginning.
         """
         told = {} if self._save_s is None else {"perf/save_s": self._save_s}
+        with suppress(OSError):
+            told["perf/disk_free_gb"] = shutil.disk_usage(self._directory.parent).free / 1e9
         return {
             **told,
-            "perf/disk_free_gb": shutil.disk_usage(self._directory.parent).free / 1e9,
             "perf/unsaved_images": float(images_seen - self._held),
             "perf/unsaved_minutes": (time.monotonic() - self._held_since) / 60,
         }
@@ -208,10 +216,15 @@ class Checkpoints:
         masters.step = held["step"]
 
     def abandon_newer(self, than: Path) -> list[Path]:
-        """Rename checkpoints newer than one that training rolls back to, `*.abandoned`, so that none is resumed."""
+        """Rename checkpoints newer than one that training rolls back to, `*.abandoned`, so that none is resumed.
+
+        Those of the rollback before are deleted: each is a whole checkpoint.
+        """
 
         def rename() -> list[Path]:
             newer = [path for path in complete_ones(self._directory) if path.name > than.name]
+            for before in self._directory.glob("images_*.abandoned") if newer else ():
+                _delete(before)
             for path in newer:
                 path.rename(path.with_name(f"{path.name}.abandoned"))
             return newer
@@ -270,7 +283,8 @@ class Checkpoints:
         runtime.gathered(None)  # nobody writes any more
         if runtime.is_main():
             shutil.rmtree(saving.temporary, ignore_errors=True)
-            self._prune()
+            with suppress(OSError):  # as after a save that succeeded
+                self._prune()
 
     def _failed(self, final: Path, reason: str) -> None:
         if self._failing_since is None:
@@ -352,9 +366,14 @@ class Checkpoints:
             kept |= {path for stretch, path in first_of.items() if stretch > 0}
         for path in complete:
             if path not in kept:
-                hidden = path.with_name(f".{path.name}.pruned")  # a kill leaves no half of it
-                path.rename(hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """A kill leaves no half of it; what is left of it goes with the next save."""
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.pruned")
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def require_grace(directory: Path) -> None:

@@ -77,6 +77,9 @@ def test_a_log_line_tells_what_a_crash_would_cost(training, tmp_path):
     training.run(1)
     training.resume(checkpoints.path(16))
     assert checkpoints.numbers(training.images_seen)["perf/unsaved_images"] == 0
+    tmp_path.rename(gone := tmp_path.with_name(f"{tmp_path.name}_gone"))
+    assert "perf/disk_free_gb" not in checkpoints.numbers(training.images_seen)
+    gone.rename(tmp_path)
 
 
 def test_a_launcher_that_would_kill_a_save_is_refused(training, monkeypatch, caplog):
@@ -246,6 +249,11 @@ def test_a_rollback_puts_newer_ones_out_of_the_way(training):
     renamed = checkpoints.abandon_newer(checkpoints.path(8))  # the last one may still be under way: it counts too
     assert [old.name for old in renamed] == ["images_000000000024", "images_000000000016"]
     assert checkpoints.latest() == checkpoints.path(8)
+    for images_seen in (16, 32):
+        checkpoints.save({"images_seen": images_seen})
+    checkpoints.abandon_newer(checkpoints.path(8))  # over one of them again; those of before are gone
+    left = ["images_000000000008", "images_000000000016.abandoned", "images_000000000032.abandoned"]
+    assert sorted(path.name for path in checkpoints.path(8).parent.iterdir()) == left
 
 
 @contextmanager
@@ -338,6 +346,8 @@ def test_host_memory_is_taken_once(training):
     training.run(1)
     training.save()
     assert training.checkpoints._host.data_ptr() == held
+    training.checkpoints.release()
+    assert training.checkpoints._host is None
 
 
 def killed_at(training: tiny.Training, moment: int) -> bool:
