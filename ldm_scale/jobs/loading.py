@@ -1,6 +1,7 @@
 """Trained parts from where they lie: a first stage from its weights, a second stage from its run or model directory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,25 @@ def text_encoder(config: ConditionerConfig | None) -> ClipTextConditioner | None
     encoder.load_tokenizer()
     encoder.load_pretrained()
     return encoder
+
+
+def require_trained_on(
+    checkpoint: str, state: Mapping[str, Any], trained: FirstStage, encoder: ClipTextConditioner | None
+) -> None:
+    """Refuse networks that are not those of a second stage's checkpoint; `encoder` is a frozen text encoder.
+
+    raises  ValueError naming both sides
+    """
+    held = [("first stage", "first_stage.checkpoint", trained.config.checkpoint, trained.digest())]
+    if encoder is not None:
+        held.append(("text encoder", "conditioning.model", encoder.config.model, encoder.digest()))
+    for what, key, where, found in held:
+        sha256 = state[f"{what.replace(' ', '_')}_sha256"]
+        if found != sha256:
+            raise ValueError(
+                f"{checkpoint} was trained on {what} {sha256[:12]}, but {key}={where} now holds {found[:12]}: name the "
+                "one it was trained on"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,10 +257,8 @@ class TrainingRun(ModelSource):
         state, tensors = self._weights.read()
         model = self.config.build_trained()
         weights.load_exactly(model, tensors, str(self.checkpoint))
-        if (encoder := text_encoder(self.config.conditioning)) is not None:
-            self._require_trained_on("text encoder", encoder, state["text_encoder_sha256"], encoder.config.model)
-        trained_on = first_stage(self.first_stage)
-        self._require_trained_on("first stage", trained_on, state["first_stage_sha256"], self.first_stage.checkpoint)
+        encoder, trained_on = text_encoder(self.config.conditioning), first_stage(self.first_stage)
+        require_trained_on(str(self.checkpoint), state, trained_on, encoder)
         loaded = TrainedModel(
             model=model.requires_grad_(False).eval().to(device),
             first_stage=trained_on.to(device),
@@ -248,14 +266,6 @@ class TrainingRun(ModelSource):
             described=self._weights.described,
         )
         return loaded, encoder
-
-    def _require_trained_on(
-        self, what: str, network: FirstStage | ClipTextConditioner, sha256: str, where: str | None
-    ) -> None:
-        if (found := network.digest()) != sha256:
-            raise ValueError(
-                f"{self.checkpoint} was trained on {what} {sha256[:12]}, but {where} now holds {found[:12]}"
-            )
 
 
 class ModelDirectory(ModelSource):

@@ -84,7 +84,7 @@ def replay(where: Path, run_dir: RunDir, steps: int, band: float | None) -> tupl
         run_dir.checkpoints, masters=engine.masters, ema=ema, module=engine.module, companions=engine.companion_masters
     )
     state = checkpoints.load(where)
-    stage.require_same_stream(state)
+    stage.resume(state)
     found = [
         Compared(images_seen=images, name=name, logged=lines[images][name], found=values[name])
         for images, values in _steps(job, engine, ema, stage, state, steps)

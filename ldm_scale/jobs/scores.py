@@ -319,14 +319,21 @@ def reconstruct(first_stage: FirstStage, images_BCHW: Tensor) -> Rebuilt:
 
 @torch.no_grad()
 def latent_statistics(first_stage: FirstStage, held_out: HeldOutImages, batch: int) -> LatentStatistics:
-    """Mean and standard deviation of the latents of all held-out images, `batch` at once, on the device of the job."""
+    """Mean and standard deviation of the latents of all held-out images, `batch` at once, on the device of the job.
+
+    All ranks share the work. Collective.
+    """
     statistics: LatentStatistics | None = None
-    for indices in ranges(held_out.count, batch):
-        moments = first_stage.encode(held_out.read(indices).images.to(runtime.device()))
+    for _, images, counts in held_out.shared(batch):
+        moments = first_stage.encode(images.images.to(runtime.device()))
         statistics = statistics or LatentStatistics(str(moments.kind), first_stage.latent_channels)
-        statistics.add(moments.pack().cpu().numpy())
+        if counts:
+            statistics.add(moments.pack().cpu().numpy())
     assert statistics is not None, "a set of images is not empty"
-    return statistics
+    first, *others = runtime.gathered(statistics)
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def reconstruction_grid(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm_scale.conditioning.clip_text import CachedTextConditioner
 from ldm_scale.core import runtime, weights
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.core.shares import add_up, shared
+from ldm_scale.core.shares import add_up, from_main, shared
 from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.cache import LatentCache, LatentStatistics, require_match, require_text
 from ldm_scale.data.config import DataConfig, Origin
@@ -142,8 +142,8 @@ class Stage(ABC):
         """What a checkpoint must carry besides weights and images seen."""
         return {"order_id": self.source.order_id, "order": self.source.order.state()}
 
-    def require_same_stream(self, state: dict[str, Any]) -> None:
-        """Refuse to go on from a checkpoint whose stream of samples was another one.
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state, but not where its stream of samples was another one.
 
         raises  ValueError naming both sides
         """
@@ -156,8 +156,8 @@ class Stage(ABC):
         self.source.order.require_same(state["order"])
 
     @abstractmethod
-    def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
-        """Write the final weights where other jobs look for them."""
+    def publish(self, tensors: dict[str, Tensor] | None, run_dir: RunDir) -> None:
+        """Write the final weights, which rank 0 has, where other jobs look for them. Collective."""
 
 
 class AutoencoderStage(Stage):
@@ -237,10 +237,15 @@ class AutoencoderStage(Stage):
             images, noise = torch.empty(1, 3, size, size), torch.empty(1, *self._job.first_stage.latent_shape(size))
         return training_flops(lambda: network(images, noise), images=1) + Judges(self._job.autoencoder_loss).flops(size)
 
-    def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
+    def publish(self, tensors: dict[str, Tensor] | None, run_dir: RunDir) -> None:
         network = self._job.first_stage.build()
-        weights.load_exactly(network, tensors, str(run_dir.weights))
-        found = latent_statistics(network.to(runtime.device()).eval(), self._held_out, self._job.evaluation.batch)
+        if tensors is not None:
+            weights.load_exactly(network, tensors, str(run_dir.weights))
+        network = network.to(runtime.device()).eval()
+        from_main(network.state_dict().values())
+        found = latent_statistics(network, self._held_out, self._job.evaluation.batch)
+        if tensors is None:
+            return
         latents = {
             "images": self._held_out.count, "data": self._held_out.digest, "mean": found.mean, "std": found.std,
             "channel_mean": found.channel_mean, "channel_std": found.channel_std,
@@ -279,9 +284,7 @@ class DiffusionStage(Stage):
             self._moments = encoded = EncodedMoments(self._first_stage)
             self.source = images = job.data.image_source(shards, job.seed, prepare, on_bad)
             mean, std = self._spread_of_first_batch(encoded, images, device)
-        self._latent_scale = scale_of_latents(job.first_stage.scale or loading.stated_scale(job.first_stage), std)
-        expected = Spread(mean * self._latent_scale, std * self._latent_scale)
-        self.intake = Intake(shown=_EATEN, expected=expected, conditioner=self.module.conditioner)
+        scale = scale_of_latents(job.first_stage.scale or loading.stated_scale(job.first_stage), std)
         transform = jobs_config.to_plain(job.data.transform)
         z_0_NCHW = torch.zeros(self._held_out.count, *self._latent_shape)
 
@@ -294,7 +297,25 @@ class DiffusionStage(Stage):
         add_up(z_0_NCHW)
         conditioner = self.module.conditioner
         inputs = None if conditioner is None else conditioner.prepare(self._scores.captions)
-        self._validation = HeldOut((z_0_NCHW * self._latent_scale).to(device), inputs, job.seed, job.evaluation.batch)
+        self._unscaled = Spread(mean, std), HeldOut(z_0_NCHW, inputs, job.seed, job.evaluation.batch)
+        self._scale_latents(scale)
+
+    def _scale_latents(self, scale: float) -> None:
+        """From here on the model is given latents times `scale`."""
+        spread, held_out = self._unscaled
+        self._latent_scale = scale
+        expected = Spread(spread.mean * scale, spread.std * scale)
+        self.intake = Intake(shown=_EATEN, expected=expected, conditioner=self.module.conditioner)
+        self._validation = replace(held_out, z_0_NCHW=(held_out.z_0_NCHW * scale).to(runtime.device()))
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """And not on another first stage or text encoder. Latents are scaled as they were.
+
+        Their scale may have been measured on the first global batch, which is another where its size was amended.
+        """
+        Stage.resume(self, state)
+        loading.require_trained_on("the checkpoint", state, self._first_stage, self._text_encoder)
+        self._scale_latents(state["latent_scale"])
 
     def _kind_of(self, caches: Sequence[LatentCache]) -> MomentsKind:
         """What the moments of all caches are.
@@ -444,7 +465,9 @@ class DiffusionStage(Stage):
             **({} if encoder is None else {"text_encoder_sha256": encoder.digest()}),
         }
 
-    def publish(self, tensors: dict[str, Tensor], run_dir: RunDir) -> None:
+    def publish(self, tensors: dict[str, Tensor] | None, run_dir: RunDir) -> None:
+        if tensors is None:
+            return
         if self._text_encoder is not None:  # so that the directory is a whole model
             frozen = self._text_encoder.state_dict().items()
             tensors = tensors | {f"conditioner.{name}": tensor for name, tensor in frozen}

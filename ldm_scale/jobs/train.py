@@ -1,6 +1,7 @@
 """Train a first stage or a diffusion model: from a job to a run directory. `train.py` starts this."""
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,8 +53,8 @@ def run(job: TrainJob) -> None:
         log.info("%s is finished: nothing to train. A new run: name=ANOTHER_NAME", run_dir.path)
         return
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
-    with _status_kept(run_dir, tracker):
-        outcome = _train(job, run_dir, tracker, plain, changed, preemption, startup)
+    with contextlib.ExitStack() as at_end, _status_kept(run_dir, tracker, startup):
+        outcome = _train(job, run_dir, tracker, plain, changed, preemption, startup, at_end)
     if outcome != "finished":
         runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
 
@@ -66,6 +67,7 @@ def _train(
     changed: identity.Changes,
     preemption: runtime.Preemption,
     startup: Startup,
+    at_end: contextlib.ExitStack,
 ) -> Outcome:
     checkpoint.require_grace(run_dir.checkpoints)
     parent = None if checkpoint_files.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
@@ -80,8 +82,9 @@ def _train(
     )
     startup.mark("process_group")
     try:
-        outcome = _watched(job, run_dir, tracker, plain, changed, preemption, startup, parent, engine, watchdog)
+        outcome = _watched(job, run_dir, tracker, plain, changed, preemption, startup, parent, engine, watchdog, at_end)
         watchdog.close()
+        engine.close()
         return outcome
     except Exception as error:
         if cause := watchdog.explained(error):
@@ -100,6 +103,7 @@ def _watched(
     parent: branch.Parent | None,
     engine: Engine,
     watchdog: Watchdog,
+    at_end: contextlib.ExitStack,
 ) -> Outcome:
 
     def on_bad(key: str, reason: str, position: int) -> None:
@@ -112,15 +116,17 @@ def _watched(
     ema = EMA(engine.masters, job.ema_half_lives)
     startup.mark("engine")
     checkpoints, damaged = _checkpoints(job, run_dir, engine, ema, tracker)
+    at_end.callback(checkpoints.close)  # which may take long: after an error, once the reason has been told
     newest = checkpoints.latest()
     state = checkpoints.load(newest) if newest is not None else None
     if state is not None:
-        stage.require_same_stream(state)
+        stage.resume(state)
     elif (parent := parent or branch.parent_of(job)) is not None:  # where there are checkpoints, all are damaged
         parent.require_fits(stage.state())
         state = parent.begin(engine, ema, checkpoints)
     startup.mark("checkpoint")
     under_way = _assemble(job, run_dir, engine, stage, ema, checkpoints, tracker, preemption, startup, watchdog, state)
+    at_end.callback(under_way.loader.close)
     idle_s = idle_before(run_dir, startup.launched) if runtime.is_main() else 0.0
     if runtime.is_main():
         storage.write_json(run_dir.config, plain)
@@ -140,18 +146,22 @@ def _watched(
     if runtime.is_main():
         under_way.meter.ledger = Ledger.read(run_dir)
     log.info("training %s: %s", run_dir.path, _in_words(engine, stage, under_way.images_seen))
-    try:
-        outcome = fit(under_way)
-        with watchdog.phase("save"):
-            checkpoints.drain()
-        averaged = ema.consolidated(job.ema_half_lives[0]) if outcome == "finished" else None
-        if averaged is not None:
-            buffers = {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
-            stage.publish({**averaged, **buffers}, run_dir)
+    outcome = fit(under_way)
+    with watchdog.phase("save"):
+        checkpoints.drain()
+    checkpoints.release()
+    with watchdog.phase("end"):
+        if outcome == "finished":
+            stage.publish(_published(stage, ema, job.ema_half_lives[0]), run_dir)
         return _closed(run_dir, under_way, outcome)
-    finally:
-        under_way.loader.close()
-        checkpoints.close()
+
+
+def _published(stage: Stage, ema: EMA, half_life: int) -> dict[str, torch.Tensor] | None:
+    """The final weights by name, on rank 0; None elsewhere. Collective."""
+    averaged = ema.consolidated(half_life)
+    if averaged is None:
+        return None
+    return averaged | {name: value.cpu() for name, value in stage.module.state_dict().items() if name not in averaged}
 
 
 def _checkpoints(
@@ -280,8 +290,11 @@ def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:
 
 
 @contextlib.contextmanager
-def _status_kept(run_dir: RunDir, tracker: Tracker) -> Iterator[None]:
-    """Tell that it failed, and the reason, where training ends by an error."""
+def _status_kept(run_dir: RunDir, tracker: Tracker, startup: Startup) -> Iterator[None]:
+    """Tell that it failed, and the reason, where training ends by an error.
+
+    exits  1 after the first step, with a traceback: whatever it is, an error there is no refusal
+    """
     try:
         yield
     except Exception as error:
@@ -289,6 +302,9 @@ def _status_kept(run_dir: RunDir, tracker: Tracker) -> Iterator[None]:
             reason = "".join(traceback.format_exception_only(error)).strip()
             write_failed(run_dir, tracker, reason)
             tracker.finish("failed")
+        if startup.is_over:
+            sys.excepthook(type(error), error, error.__traceback__)
+            sys.exit(1)
         raise
 
 

@@ -61,7 +61,7 @@ def _appearing(run_dir: RunDir, between: Between) -> Iterator[Path]:
 
 def _evaluations(path: Path, run_dir: RunDir, job: TrainJob, stage: Stage, between: Between) -> list[Evaluation]:
     reader = checkpoint_files.Reader(path)
-    stage.require_same_stream(reader.meta["state"])
+    stage.resume(reader.meta["state"])
 
     def kind(half_life: int | None) -> str:
         return checkpoint_files.WEIGHT if half_life is None else f"ema/{half_life}"

@@ -60,13 +60,19 @@ class EMA:
 
     @contextmanager
     def swapped(self, half_life: int) -> Iterator[None]:
-        """The model has averaged weights inside, and exactly its own again afterwards. Collective."""
+        """The model has averaged weights inside, and exactly its own again afterwards. Collective.
+
+        After an error it keeps the averaged ones, and training is over: other ranks may not have met it, and to put the
+        own ones back is collective.
+        """
         own = [master.detach().clone() for master in self._masters.tensors]
         self._masters.push(self.shadows[half_life])
         try:
             yield
-        finally:
+        except runtime.Preempted:  # by all ranks together
             self._masters.push(own)
+            raise
+        self._masters.push(own)
 
     def consolidated(self, half_life: int) -> dict[str, Tensor] | None:
         """Whole averaged tensors by parameter name, float32 on the CPU, on rank 0; None elsewhere. Collective."""

@@ -97,7 +97,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Stop watching, when every rank has done its work."""
-        runtime.barrier()
+        with self.phase("end"):  # some may have more of it
+            runtime.barrier()
         self._closing.set()
         self._thread.join()
         runtime.barrier()  # the store is there until nobody asks it

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from ldm_scale.core import weights
+from ldm_scale.core import storage, weights
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import config, loading
 from ldm_scale.jobs.replay import replay
+from ldm_scale.jobs.scores import HeldOutImages, latent_statistics
 from ldm_scale.training.checkpoint_files import find
 
 START = 48  # images, when the discriminator has its turn: between the checkpoints of 32 and 64
@@ -79,6 +81,11 @@ def test_two_processes_and_then_one_train_like_one(world: Any, undisturbed: RunD
     flags = ["--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
     two = training(world, "adversarial_two", "engine=ddp", "micro_batch=4", "total_images=64")
     world.run([*launch, *flags, *two[1:]])
+    job = config.compose("train", two[2:])
+    held_out = HeldOutImages.open(job.data, job.evaluation.images)
+    published = run_of(world, "adversarial_two").weights
+    found = latent_statistics(loading.described_first_stage(str(published)), held_out, job.evaluation.batch)
+    assert storage.read_json(published / "config.json")["latents"]["std"] == pytest.approx(found.std, rel=1e-9)
     world.run(training(world, "adversarial_two", "amend=true"))
     ours, theirs = curves(run_of(world, "adversarial_two")), curves(undisturbed)
     assert ours.keys() == theirs.keys()

@@ -107,6 +107,7 @@ def test_an_unknown_key_is_refused_in_a_file(tmp_path: Path, file: str, text: st
         ("data.transform.size=0", "size=0"),
         ("ema_half_lives=[]", "ema_half_lives=[]"),
         ("every.log=-1", "every.log=-1"),
+        ("max_unsaved_minutes=120", "guard.phase_minutes=240"),
         ("engine=zero9", "zero1"),
     ],
 )

@@ -115,7 +115,7 @@ def test_images_damaged_after_they_were_indexed(images: DataConfig, tmp_path: Pa
     got, now = read_images(images, found), images.open_images()["data"]
     require_right(got)
     if name in CUTS:
-        assert now.order_id != before.order_id, "no run goes on with other samples: see Stage.require_same_stream"
+        assert now.order_id != before.order_id, "no run goes on with other samples: see Stage.resume"
     elif name in HEADERS:
         assert got.keys() == KEYS and not found, "nothing is lost but for readers without an index"
     elif name == "end blocks lost":

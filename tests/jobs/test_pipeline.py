@@ -20,6 +20,7 @@ from ldm_scale.core.tensors import to_uint8
 from ldm_scale.first_stage.base import Moments, MomentsKind
 from ldm_scale.jobs import config, dashboard, loading
 from ldm_scale.jobs.schemas.train import TrainJob
+from ldm_scale.jobs.stages import Stage, stage_of
 from ldm_scale.jobs.summary import closing
 from ldm_scale.tracking.panels import OTHERS, PANELS, layout, section
 from ldm_scale.training.checkpoint_files import find, read_consolidated, read_state
@@ -332,6 +333,24 @@ def test_wrong_input_is_refused_with_its_name(world: Any, overrides: list[str], 
     process = world.run(world.tiny_training(name, *overrides), expect=2)
     assert said in process
     assert "Traceback" not in process
+
+
+@pytest.mark.slow
+def test_a_resume_keeps_the_latent_scale_and_refuses_another_first_stage(world: Any, tmp_path: Path) -> None:
+    def a_stage(*overrides: str) -> Stage:
+        job = config.compose("train", [*world.tiny_training(*overrides)[2:], "data.source=images"])
+        return stage_of(job, torch.device("cpu"), lambda key, reason, position: None)
+
+    stage = a_stage("name=resumed")
+    state = stage.state()
+    stage.resume(state | {"latent_scale": 1.25 * state["latent_scale"]})
+    assert stage.state()["latent_scale"] == 1.25 * state["latent_scale"]
+    source = RunDir(world.path / "runs" / "autoencoder_kl_f4" / "toy").weights
+    held = weights.load(source)
+    held.tensors["decoder.conv_out.bias"] += 1
+    weights.save(tmp_path / "other", held.config, held.tensors)
+    with pytest.raises(ValueError, match=r"was trained on first stage .* first_stage\.checkpoint=.*other now holds"):
+        a_stage("name=resumed", f"first_stage.checkpoint={tmp_path / 'other'}").resume(state)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, train
 from ldm_scale.jobs.schemas.train import TrainJob
+from ldm_scale.training.telemetry import Startup
 
 
 def told(run_dir: RunDir) -> list[tuple[str, str]]:
@@ -25,9 +26,18 @@ def a_job(path: Path) -> TrainJob:
 def test_an_error(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     tracker = a_job(tmp_path).tracker.build(run_dir)
-    with pytest.raises(OSError), train._status_kept(run_dir, tracker):
+    with pytest.raises(OSError), train._status_kept(run_dir, tracker, Startup()):
         raise OSError("gone")
     assert told(run_dir) == [("failed", "OSError: gone"), ("failed", ""), ("failed", "")]
+
+
+def test_an_error_under_way_is_no_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, startup = RunDir(tmp_path), Startup()
+    startup.finish()
+    with pytest.raises(SystemExit) as ended, train._status_kept(run_dir, train.Silent(), startup):
+        raise ValueError("gone")
+    assert ended.value.code == 1 and "Traceback" in capsys.readouterr().err
+    assert told(run_dir) == [("failed", "ValueError: gone")]
 
 
 def test_the_watchdog_where_rank_0_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ def watched(out: Path, what: str, chosen: int, *, processes: int) -> Ended:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    where["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
     ranks = [{**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     started = [subprocess.Popen(command, env=os.environ | rank, stderr=subprocess.DEVNULL) for rank in ranks]
     if what == "dark":  # as a host without power, or without a cable: its connections stay open
@@ -73,6 +74,13 @@ def test_where_rank_0_goes_dark_the_other_ends_with_the_reason(tmp_path: Path) -
     assert ended.codes[1] == 1
     assert ended.why == "rank 0 was lost: it does not answer rank 1"
     assert "in all_reduce" in ended.stacks["rank1"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_alone_under_zero_is_the_reason_of_both(tmp_path: Path) -> None:
+    ended = watched(tmp_path, "evaluate", 1, processes=2)
+    assert ended.codes == [1, 1]
+    assert ended.why.startswith("rank 1 on ") and ended.why.endswith("OSError: a picture on this host is gone")
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ class Experiment:
     keep_every: int = 0
     """Checkpoints at multiples of this many images are kept for good; 0 for none."""
     max_unsaved_minutes: float = 60.0
-    """How long saves may fail (disk full, quota) while training goes on and tries again; then it ends as failed."""
+    """How long saves may fail (disk full, I/O) while training goes on and tries again; then it ends as failed. Below
+    `guard.phase_minutes`."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "micro_batch", "total_images", "keep_last"):

@@ -58,6 +58,12 @@ class TrainJob(Experiment):
             raise ValueError(
                 "first_stage=identity cannot be trained: it has no weights. Others can: +experiment=autoencoder_kl_f4"
             )
+        if 0 < self.guard.phase_minutes <= self.max_unsaved_minutes:
+            raise ValueError(
+                f"max_unsaved_minutes={self.max_unsaved_minutes:g}: after guard.phase_minutes="
+                f"{self.guard.phase_minutes:g} the last save, tried again and again, would be taken for a hang. Set "
+                f"guard.phase_minutes={2 * self.max_unsaved_minutes:g}"
+            )
         trains_codebook = self.trains_first_stage and isinstance(self.first_stage, AutoencoderVQConfig)
         if trains_codebook and self.engine.kind is EngineKind.zero3:
             raise ValueError("engine.kind=zero3 gathers weights layer by layer, and a codebook is none: engine=ddp")

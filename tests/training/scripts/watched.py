@@ -1,7 +1,8 @@
 """What a watchdog is for, on purpose.
 
-usage  watched.py OUT sleep|lost|dark|patient RANK     that rank sleeps for ever, is killed, answers nobody any more, or
-                                                       has a long phase
+usage  watched.py OUT sleep|lost|dark|patient|evaluate RANK     that rank sleeps for ever, is killed, answers nobody any
+                                                                more, has a long phase (and then less to do than the
+                                                                others), or fails with averaged weights under ZeRO
 
 OUT/{rank}.txt says why a process ended, where it ended by itself.
 """
@@ -12,11 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import tiny
 import torch
 import torch.distributed as dist
 
 from ldm_scale.core import runtime
 from ldm_scale.training import watchdog as watchdog_module
+from ldm_scale.training.ema import EMA
 from ldm_scale.training.watchdog import Watchdog
 
 MINUTES = 0.03
@@ -41,9 +44,18 @@ def step(number: int, what: str, chosen: bool, watchdog: Watchdog) -> None:
     time.sleep(0.01)
 
 
+def evaluate(ema: EMA, chosen: bool) -> None:
+    with ema.swapped(4):
+        if chosen:
+            raise OSError("a picture on this host is gone")
+        dist.barrier()
+
+
 def main() -> None:
     out, what, chosen = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    if runtime.world() > 1:
+    if what == "evaluate":
+        ema = EMA(tiny.engine_of("zero1").masters, [4])
+    elif runtime.world() > 1:
         dist.init_process_group("gloo")
     if what == "dark":
         watchdog_module.SILENT_S, watchdog_module._ANSWER_S = 4.0, 2.0  # a tenth of what it waits in earnest
@@ -55,6 +67,10 @@ def main() -> None:
         for number in range(40):
             step(number, what, rank == chosen, watchdog)
             watchdog.beat()
+        if what == "evaluate":
+            evaluate(ema, rank == chosen)
+        if what == "patient" and rank != chosen:
+            time.sleep(2 * 60 * MINUTES)
         watchdog.close()
         said.write_text("done")
     except Exception as error:
