@@ -4,6 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ from ldm_scale.training.watchdog import Watchdog
 log = runtime.logger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Launch:
+    """One launch of a training, before anything of it is built."""
+
+    job: TrainJob
+    plain: dict[str, Any]
+    """The job as JSON values, without secrets."""
+    changed: identity.Changes
+    """Since the launch before."""
+    run_dir: RunDir
+    tracker: Tracker
+    preemption: runtime.Preemption
+    startup: Startup
+    at_end: contextlib.ExitStack
+    """Closes what is open; after an error, which may take long, once the reason has been told."""
+
+
 def run(job: TrainJob) -> None:
     """Train to the end, or until told to stop; called again, go on from the newest checkpoint.
 
@@ -54,21 +72,18 @@ def run(job: TrainJob) -> None:
         return
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
     with contextlib.ExitStack() as at_end, _status_kept(run_dir, tracker, startup):
-        outcome = _train(job, run_dir, tracker, plain, changed, preemption, startup, at_end)
+        outcome = _train(
+            _Launch(
+                job=job, plain=plain, changed=changed, run_dir=run_dir, tracker=tracker, preemption=preemption,
+                startup=startup, at_end=at_end,
+            )
+        )  # fmt: skip
     if outcome != "finished":
         runtime.leave(runtime.PREEMPTED_EXIT_CODE if outcome == "preempted" else 0)
 
 
-def _train(
-    job: TrainJob,
-    run_dir: RunDir,
-    tracker: Tracker,
-    plain: dict[str, Any],
-    changed: identity.Changes,
-    preemption: runtime.Preemption,
-    startup: Startup,
-    at_end: contextlib.ExitStack,
-) -> Outcome:
+def _train(launch: _Launch) -> Outcome:
+    job, run_dir = launch.job, launch.run_dir
     checkpoint.require_grace(run_dir.checkpoints)
     parent = None if checkpoint_files.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
@@ -78,11 +93,11 @@ def _train(
         run_dir.path / "stacks",
         minutes=job.guard.watchdog_minutes,
         phase_minutes=job.guard.phase_minutes,
-        on_end=lambda reason: _ended(job, run_dir, tracker, reason),
+        on_end=lambda reason: _ended(job, run_dir, launch.tracker, reason),
     )
-    startup.mark("process_group")
+    launch.startup.mark("process_group")
     try:
-        outcome = _watched(job, run_dir, tracker, plain, changed, preemption, startup, parent, engine, watchdog, at_end)
+        outcome = _watched(launch, engine, watchdog, parent)
         watchdog.close()
         engine.close()
         return outcome
@@ -92,19 +107,8 @@ def _train(
         raise
 
 
-def _watched(
-    job: TrainJob,
-    run_dir: RunDir,
-    tracker: Tracker,
-    plain: dict[str, Any],
-    changed: identity.Changes,
-    preemption: runtime.Preemption,
-    startup: Startup,
-    parent: branch.Parent | None,
-    engine: Engine,
-    watchdog: Watchdog,
-    at_end: contextlib.ExitStack,
-) -> Outcome:
+def _watched(launch: _Launch, engine: Engine, watchdog: Watchdog, parent: branch.Parent | None) -> Outcome:
+    job, run_dir, tracker, startup = launch.job, launch.run_dir, launch.tracker, launch.startup
 
     def on_bad(key: str, reason: str, position: int) -> None:
         tracker.event(position, "bad_sample", key=key, reason=reason)
@@ -116,7 +120,7 @@ def _watched(
     ema = EMA(engine.masters, job.ema_half_lives)
     startup.mark("engine")
     checkpoints, damaged = _checkpoints(job, run_dir, engine, ema, tracker)
-    at_end.callback(checkpoints.close)  # which may take long: after an error, once the reason has been told
+    launch.at_end.callback(checkpoints.close)
     newest = checkpoints.latest()
     state = checkpoints.load(newest) if newest is not None else None
     if state is not None:
@@ -125,27 +129,10 @@ def _watched(
         parent.require_fits(stage.state())
         state = parent.begin(engine, ema, checkpoints)
     startup.mark("checkpoint")
-    under_way = _assemble(job, run_dir, engine, stage, ema, checkpoints, tracker, preemption, startup, watchdog, state)
-    at_end.callback(under_way.loader.close)
-    idle_s = idle_before(run_dir, startup.launched) if runtime.is_main() else 0.0
-    if runtime.is_main():
-        storage.write_json(run_dir.config, plain)
-        run_dir.write_status("running", images=under_way.images_seen)
-        repro.record(run_dir, plain, engine, stage.state(), stage.source, under_way.images_seen)
-        repro.keep_manifests(run_dir, stage.source, stage.conditions())
-    tracker.start(plain, resume_at=under_way.images_seen)
-    if newest is None:
-        tracker.log(under_way.images_seen, stage.baseline())
-    begin = "start" if newest is None else "resume"
+    under_way = _assemble(launch, engine, stage, ema, checkpoints, watchdog, state)
+    launch.at_end.callback(under_way.loader.close)
     born = None if parent is None else parent.described()
-    startup.mark("assembly")
-    tracker.event(
-        under_way.images_seen, begin, world=engine.world, changed=changed, damaged=damaged, parent=born,
-        launched=startup.launched, idle_s=idle_s,
-    )  # fmt: skip
-    if runtime.is_main():
-        under_way.meter.ledger = Ledger.read(run_dir)
-    log.info("training %s: %s", run_dir.path, _in_words(engine, stage, under_way.images_seen))
+    _recorded(launch, stage, under_way, "start" if newest is None else "resume", damaged=damaged, parent=born)
     outcome = fit(under_way)
     with watchdog.phase("save"):
         checkpoints.drain()
@@ -154,6 +141,28 @@ def _watched(
         if outcome == "finished":
             stage.publish(_published(stage, ema, job.ema_half_lives[0]), run_dir)
         return _closed(run_dir, under_way, outcome)
+
+
+def _recorded(launch: _Launch, stage: Stage, under_way: Run, begin: str, **told: Any) -> None:
+    """Write what the launch is made of, and that it begins: `start` or `resume`; `told` goes into the event."""
+    run_dir, tracker, startup, images = launch.run_dir, launch.tracker, launch.startup, under_way.images_seen
+    idle_s = idle_before(run_dir, startup.launched) if runtime.is_main() else 0.0
+    if runtime.is_main():
+        storage.write_json(run_dir.config, launch.plain)
+        run_dir.write_status("running", images=images)
+        repro.record(run_dir, launch.plain, under_way.engine, stage.state(), stage.source, images)
+        repro.keep_manifests(run_dir, stage.source, stage.conditions())
+    tracker.start(launch.plain, resume_at=images)
+    if begin == "start":
+        tracker.log(images, stage.baseline())
+    startup.mark("assembly")
+    tracker.event(
+        images, begin, world=under_way.engine.world, changed=launch.changed, launched=startup.launched, idle_s=idle_s,
+        **told,
+    )  # fmt: skip
+    if runtime.is_main():
+        under_way.meter.ledger = Ledger.read(run_dir)
+    log.info("training %s: %s", run_dir.path, _in_words(under_way.engine, stage, images))
 
 
 def _published(stage: Stage, ema: EMA, half_life: int) -> dict[str, torch.Tensor] | None:
@@ -189,19 +198,16 @@ def _checkpoints(
 
 
 def _assemble(
-    job: TrainJob,
-    run_dir: RunDir,
+    launch: _Launch,
     engine: Engine,
     stage: Stage,
     ema: EMA,
     checkpoints: Checkpoints,
-    tracker: Tracker,
-    preemption: runtime.Preemption,
-    startup: Startup,
     watchdog: Watchdog,
     state: dict[str, Any] | None,
 ) -> Run:
     """The parts of a training and how far it has come, for the loop."""
+    job, run_dir, tracker, startup = launch.job, launch.run_dir, launch.tracker, launch.startup
     loader: Loader[Any] = Loader(
         stage.source,
         global_batch=engine.global_batch,
@@ -228,7 +234,7 @@ def _assemble(
         half_lives=job.ema_half_lives,
         scored=job.evaluation.weights,
         tracker=tracker,
-        between=preemption.between,
+        between=launch.preemption.between,
         whose=ema.checksum,
         folder=run_dir.unfinished("training"),
     )
@@ -245,7 +251,7 @@ def _assemble(
         intake=stage.intake,
         movement=Movement(engine.masters, stage.module.part_of),
         startup=startup,
-        preemption=preemption,
+        preemption=launch.preemption,
         control=Control(run_dir),
         guard=guard,
         watchdog=watchdog,
