@@ -75,7 +75,7 @@ class GuardConfig:
     """A global batch that takes longer is a hang: every rank writes its stacks to `stacks/` and ends; 0 waits for ever.
     The first one, evaluations and saves may take `phase_minutes`."""
     phase_minutes: float = 120.0
-    """The same for starting, one evaluation, or one save."""
+    """The same for starting, one evaluation, one save, or what comes after the last."""
     straggler: float = 0.15
     """A rank whose own work keeps the median rank waiting for more than this share of a step is told of by name."""
     straggler_intervals: int = 3
