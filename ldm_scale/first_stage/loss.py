@@ -54,7 +54,7 @@ class AutoencoderLossConfig:
     """Weights of the terms; the defaults are those of Rombach et al. 2022."""
 
     pixel_weight: float = 1.0
-    """Weight of the absolute error, summed over an image."""
+    """Weight of the absolute error of a value, in a sum over an image (KL) or a mean (VQ)."""
     perceptual: PerceptualKind = PerceptualKind.lpips
     """Which perceptual distance is added."""
     perceptual_weight: float = 1.0

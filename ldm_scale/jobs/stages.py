@@ -230,7 +230,7 @@ class AutoencoderStage(Stage):
         return {}
 
     def flops_per_image(self) -> float:
-        """Of the autoencoder and of what judges it, a discriminator from its start on."""
+        """Of the autoencoder and of what judges it, as in steps from the discriminator's start on: fewer before it."""
         size = self._job.data.transform.size
         with torch.device("meta"):
             network = self._job.first_stage.build()

@@ -46,7 +46,8 @@ class CodebookWatch:
         returns  use of the codebook in the last whole window, as device scalars; nothing before the first has ended
         """
         assert rebuilt.codes is not None, "asked only where there is a codebook"
-        self._counts_K += rebuilt.codes.indices.flatten().bincount(minlength=len(self._counts_K))
+        taken_M = rebuilt.codes.indices.flatten()
+        self._counts_K.index_add_(0, taken_M, torch.ones_like(taken_M))  # bincount would wait for the device
         self._images += len(rebuilt.images) * self._engine.world
         if self._restart:
             self._latents_BCHW.append(rebuilt.moments.mean.detach().float())
@@ -84,7 +85,7 @@ class CodebookWatch:
         rank, world = self._engine.rank, self._engine.world
         cells_BMC = torch.cat(self._latents_BCHW).flatten(2).movedim(1, 2)
         images, cells = len(cells_BMC) * world, cells_BMC.shape[1]
-        window = torch.tensor([self._windows], device=self._engine.device)
+        window = torch.full((1,), self._windows, device=self._engine.device)
         drawn_K = rng.integers(self._seed, "autoencoder/codebook", window, images * cells, (count,))[0]
         image_K, cell_K = drawn_K // cells, drawn_K % cells
         mine_K1 = (image_K % world == rank)[:, None]

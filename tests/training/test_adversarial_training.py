@@ -38,15 +38,25 @@ def assert_gradients(module: nn.Module, expected: Sequence[Tensor]) -> None:
         assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("kind", [AdversarialKind.hinge, AdversarialKind.vanilla])
-def test_gradients_are_those_of_plain_autograd_each_for_its_own(kind: AdversarialKind, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        (AdversarialKind.hinge, DiscriminatorNorm.group),
+        (AdversarialKind.vanilla, DiscriminatorNorm.group),
+        (AdversarialKind.hinge, DiscriminatorNorm.batch),
+    ],
+)
+def test_gradients_are_those_of_plain_autograd_each_for_its_own(
+    kind: AdversarialKind, norm: DiscriminatorNorm, tmp_path: Path
+) -> None:
     """Oracle: the terms as they are written, every gradient by itself, through networks whose others are frozen."""
-    config = dataclasses.replace(adversarial.ADVERSARIAL, kind=kind, start_images=0)
+    config = dataclasses.replace(adversarial.ADVERSARIAL, kind=kind, norm=norm, start_images=0)
     training = adversarial.Training("one_process", tmp_path, adversarial=config)
     engine, adversary = training.engine, training.adversary
     assert adversary is not None
     first_stage, judge = engine.module, engine.companions[DISCRIMINATOR].module
-    images_BCHW, noise_BCHW = adversarial.images(torch.arange(4)), torch.randn(4, 2, 8, 8)
+    images_BCHW = adversarial.images(torch.arange(4, device=engine.device))
+    noise_BCHW = torch.randn(4, 2, 8, 8, device=engine.device)
 
     def nll(rebuilt_BCHW: Tensor) -> Tensor:
         return (images_BCHW - rebuilt_BCHW).abs().sum((1, 2, 3)).mean()
@@ -178,26 +188,40 @@ def test_in_bfloat16_the_weight_stays_close(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def on_two(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     out = tmp_path_factory.mktemp("adversarial")
-    done = launch("adversarial.py", str(out))
+    return out, launched(launch, out, "plain", "accumulated", "bf16", "vq")
+
+
+def launched(launch: Any, out: Path, *names: str) -> Any:
+    done = launch("adversarial.py", str(out), *names)
     assert done.returncode == 0, done.stderr[-3000:]
-    return out, json.loads((out / "found.json").read_text())
+    return json.loads((out / "found.json").read_text())
+
+
+def assert_like_one(name: str, found: Any, path: Path) -> None:
+    """The numbers of a run on two processes are those of one whose micro batches are twice as large."""
+    alone = adversarial.Training("one_process", path, **adversarial.RUNS[name])
+    for ours, theirs in zip(found[name]["numbers"], alone.run(adversarial.STEPS), strict=True):
+        assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-6)
+    alone.engine.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "micro_batch"), [("plain", 8), ("accumulated", 4)])
-def test_two_processes_train_like_one(name: str, micro_batch: int, on_two: tuple[Path, Any], tmp_path: Path) -> None:
-    """The weight of the adversarial term too: it is one of the forward passes of all ranks."""
-    alone = adversarial.Training("one_process", tmp_path, micro_batch=micro_batch)
-    for ours, theirs in zip(on_two[1][name], alone.run(adversarial.STEPS), strict=True):
-        assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-6)
-    alone.engine.close()
+@pytest.mark.parametrize("name", ["plain", "accumulated", "vq"])
+def test_two_processes_train_like_one(name: str, on_two: tuple[Path, Any], tmp_path: Path) -> None:
+    """The weight of the adversarial term too: it is one of the forward passes of all ranks. And what starts again."""
+    assert_like_one(name, on_two[1], tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="batch norms over several processes need as many GPUs")
+def test_on_two_gpus_batch_norms_see_the_images_of_both(launch: Any, tmp_path: Path) -> None:
+    assert_like_one("batch", launched(launch, tmp_path, "batch"), tmp_path)
 
 
 @pytest.mark.slow
 def test_two_processes_in_bfloat16_stay_close_to_one(on_two: tuple[Path, Any], tmp_path: Path) -> None:
     """The reconstruction all along; the discriminator's game in its first three steps, before it amplifies rounding."""
     alone = adversarial.Training("one_process", tmp_path, precision="bf16")
-    ours, theirs = on_two[1]["bf16"], alone.run(adversarial.STEPS)
+    ours, theirs = on_two[1]["bf16"]["numbers"], alone.run(adversarial.STEPS)
     alone.engine.close()
     assert [step["train/l1"] for step in ours] == pytest.approx([step["train/l1"] for step in theirs], rel=0.02)
     for mine, other in zip(ours[2:5], theirs[2:5], strict=True):
@@ -206,10 +230,17 @@ def test_two_processes_in_bfloat16_stay_close_to_one(on_two: tuple[Path, Any], t
 
 
 @pytest.mark.slow
-def test_resumes_before_and_after_its_turn_are_the_same_run_bit_for_bit(on_two: tuple[Path, Any]) -> None:
-    found = on_two[1]
-    assert found["resumed"] == found["plain"][1:]
-    assert found["same"]
+@pytest.mark.parametrize("name", ["plain", "accumulated", "bf16", "vq"])
+def test_resumes_before_and_after_its_turn_are_the_same_run_bit_for_bit(name: str, on_two: tuple[Path, Any]) -> None:
+    found = on_two[1][name]
+    assert found["again"] == found["numbers"]
+    assert found["changed"] == []
+
+
+@pytest.mark.slow
+def test_beside_a_discriminator_dead_entries_of_a_codebook_start_again(on_two: tuple[Path, Any]) -> None:
+    used = [step.get("train/codebook_usage", 0.0) for step in on_two[1]["vq"]["numbers"]]
+    assert 0 < used[2] < used[-1]
 
 
 @pytest.mark.slow
@@ -217,9 +248,9 @@ def test_one_process_goes_on_from_two(on_two: tuple[Path, Any], tmp_path: Path) 
     out, found = on_two
     training = adversarial.Training("one_process", tmp_path)
     done = 1 + adversarial.STEPS // 2
-    training.resume(out / "halves" / f"images_{done * adversarial.GLOBAL_BATCH:012d}")
+    training.resume(out / "plain_broken_off" / f"images_{done * adversarial.GLOBAL_BATCH:012d}")
     assert training.engine.companion_masters[DISCRIMINATOR].step == done - 2
-    for ours, theirs in zip(training.run(adversarial.STEPS - done), found["plain"][done:], strict=True):
+    for ours, theirs in zip(training.run(adversarial.STEPS - done), found["plain"]["numbers"][done:], strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCE, abs=1e-6)
     training.engine.close()
 
@@ -236,3 +267,17 @@ def test_batch_norms_over_several_processes_need_gpus(training: adversarial.Trai
         with pytest.raises(ValueError, match=r"2 processes can share on GPUs only.*choose norm=group"):
             training.engine.accompany("judge", batch, adversarial.OptimizerConfig())
     training.engine.world = 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+@pytest.mark.parametrize("norm", DiscriminatorNorm)
+def test_no_step_of_any_of_them_waits_for_the_device(norm: DiscriminatorNorm, tmp_path: Path) -> None:
+    """Nor does the end of a window of the codebook."""
+    config = dataclasses.replace(adversarial.ADVERSARIAL, norm=norm)
+    training = adversarial.Training("one_process", tmp_path, adversarial=config, first_stage=adversarial.VQ)
+    training.run(adversarial.STEPS)  # the first few allocate
+    torch.cuda.set_sync_debug_mode("error")
+    for _ in range(adversarial.WINDOW // adversarial.GLOBAL_BATCH):
+        training.global_batch()
+    torch.cuda.set_sync_debug_mode("default")
+    training.engine.close()

@@ -73,20 +73,38 @@ def test_a_resume_in_the_middle_of_a_window_is_the_same_run(undisturbed: codeboo
     assert all(torch.equal(second.tables[name], table) for name, table in undisturbed.tables.items())
 
 
+@pytest.fixture(scope="module")
+def on_two(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    done = launch("codebook.py", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero1", "zero2"])
+def test_cut_up_between_two_processes_a_codebook_trains_like_a_whole_one(kind: str, on_two: Path, tmp_path: Path):
+    alone = codebook.Training("one_process", tmp_path, restart=False)
+    for _ in range(codebook.STEPS):
+        alone.step()
+    ours = torch.load(on_two / f"{kind}.pt")
+    assert ours["found"][-1] == pytest.approx(alone.found[-1])
+    torch.testing.assert_close(ours["weight"], alone.tables["weight"], rtol=1e-3, atol=1e-5)
+    alone.engine.close()
+
+
 @pytest.mark.slow
 def test_two_processes_restart_the_same_entries_at_the_same_latents(
-    undisturbed: codebook.Training, launch: Any, tmp_path: Path
+    undisturbed: codebook.Training, on_two: Path, tmp_path: Path
 ):
-    done = launch("codebook.py", str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    one, other = (torch.load(on_two / f"rank{rank}.pt") for rank in (0, 1))
     assert one["found"] == other["found"]
     assert one["found"][-1] == pytest.approx(undisturbed.found[-1])
     for name, table in undisturbed.tables.items():
         assert torch.equal(one["tables"][name], other["tables"][name])
         torch.testing.assert_close(one["tables"][name], table, rtol=1e-3, atol=1e-5)
-    alone = codebook.Training("one_process", tmp_path / "checkpoints")  # from two processes to one
-    alone.resume(tmp_path / "checkpoints" / "images_000000000024")
+    alone = codebook.Training("one_process", tmp_path)  # from two processes to one
+    alone.resume(on_two / "checkpoints" / "images_000000000024")
     for _ in range(codebook.STEPS - 3):
         alone.step()
     torch.testing.assert_close(alone.tables["weight"], undisturbed.tables["weight"], rtol=1e-3, atol=1e-5)

@@ -1,10 +1,11 @@
 """Trains a tiny first stage with a discriminator: in the tests' own process, and as a script on two processes.
 
-usage  adversarial.py OUT     rank 0 writes what happened to OUT/found.json
+usage  adversarial.py OUT NAME ...     of RUNS; rank 0 writes what happened to OUT/found.json
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,30 @@ from ldm_scale.first_stage.loss import AutoencoderLossConfig, PerceptualKind, Re
 from ldm_scale.first_stage.vq import AutoencoderVQConfig
 from ldm_scale.training.adversary import DISCRIMINATOR, Adversary
 from ldm_scale.training.checkpoint import Checkpoints
+from ldm_scale.training.codebook import CodebookWatch
 from ldm_scale.training.ema import EMA
 from ldm_scale.training.engine import EngineConfig, EngineKind, Precision
 from ldm_scale.training.intake import Intake
 from ldm_scale.training.masters import MOMENTS
 from ldm_scale.training.optimizer import OptimizerConfig
-from ldm_scale.training.steps import AutoencoderStep
+from ldm_scale.training.steps import AutoencoderStep, Metrics
 
 GLOBAL_BATCH, SIDE, START = 8, 16, 16
 STEPS = 12  # of which the discriminator sits out the first two
+WINDOW = 24  # images: of every three steps the codebook's dead entries start again
 ADVERSARIAL = AdversarialConfig(channels=8, layers=2, norm=DiscriminatorNorm.group, start_images=START)
+BATCH = replace(ADVERSARIAL, norm=DiscriminatorNorm.batch)
 
 
 SHAPE: dict[str, Any] = {
     "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "z_channels": 2, "embed_dim": 2, "norm_groups": 4,
 }  # fmt: skip
-KL, VQ = AutoencoderKLConfig(**SHAPE), AutoencoderVQConfig(**SHAPE, codebook_size=16)
+KL, VQ = AutoencoderKLConfig(**SHAPE), AutoencoderVQConfig(**SHAPE, codebook_size=64)
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {}, "accumulated": {"accumulation": 2}, "bf16": {"precision": "bf16"}, "vq": {"first_stage": VQ},
+    "batch": {"adversarial": BATCH},
+}  # fmt: skip
+"""Of two processes, by name; `batch` needs GPUs."""
 
 
 def images(positions: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ class Training:
         kind: str,
         directory: Path,
         *,
-        micro_batch: int = 8,
+        accumulation: int = 1,
         precision: str = "fp32",
         adversarial: AdversarialConfig = ADVERSARIAL,
         first_stage: ConvolutionalConfig = KL,
@@ -62,6 +71,7 @@ class Training:
         )
         optimizer = OptimizerConfig(learning_rate=2e-3, beta_1=0.5, beta_2=0.9, weight_decay=0.0)
         config = EngineConfig(kind=EngineKind(kind), precision=Precision(precision))
+        micro_batch = GLOBAL_BATCH // runtime.world() // accumulation
         self.engine = engine = config.build(global_batch=GLOBAL_BATCH, micro_batch=micro_batch)
         loss, module = ReconstructionLoss(self.config), first_stage.build()
         engine.prepare(module, optimizer)
@@ -71,12 +81,15 @@ class Training:
         engine.accompany("variance", loss.variance, optimizer)
         last = module.get_parameter("decoder.conv_out.weight")
         self.adversary = Adversary(engine, adversarial, last) if adversarial.exists else None
+        self.ema = EMA(engine.masters, [16])
+        codebook = None
+        if first_stage is VQ:
+            codebook = CodebookWatch(engine, self.ema, window=WINDOW, restart=True, seed=0)
         shape = first_stage.latent_shape(SIDE)
         self.step = AutoencoderStep(
-            engine, loss=loss, latent_shape=shape, seed=0, codebook=None, adversary=self.adversary,
+            engine, loss=loss, latent_shape=shape, seed=0, codebook=codebook, adversary=self.adversary,
             intake=Intake(shown=0),
         )  # fmt: skip
-        self.ema = EMA(engine.masters, [16])
         self.checkpoints = Checkpoints(
             directory, masters=engine.masters, ema=self.ema, module=module, companions=engine.companion_masters
         )
@@ -84,9 +97,10 @@ class Training:
 
     def run(self, steps: int) -> list[dict[str, float]]:
         """The numbers of each optimizer step, over all ranks."""
-        return [self._global_batch() for _ in range(steps)]
+        return [self.engine.mean_over_ranks(self.global_batch()) for _ in range(steps)]
 
-    def _global_batch(self) -> dict[str, float]:
+    def global_batch(self) -> Metrics:
+        """The numbers of one optimizer step, on this rank."""
         stride = self.engine.micro_batch * self.engine.world
         for micro in range(self.engine.accumulation):
             first = self.images_seen + micro * stride
@@ -95,18 +109,20 @@ class Training:
             metrics = self.step(batch, 2e-3, self.images_seen)
         self.images_seen += GLOBAL_BATCH
         self.ema.update(GLOBAL_BATCH, self.images_seen)
-        return self.engine.mean_over_ranks(metrics)
+        return metrics
 
     def images(self, positions: Tensor) -> Tensor:
         return images(positions)
 
     def save(self) -> Path:
-        path = self.checkpoints.save({"images_seen": self.images_seen})
+        path = self.checkpoints.save({"images_seen": self.images_seen, "step": self.step.state()})
         self.checkpoints.drain()
         return path
 
     def resume(self, path: Path) -> None:
-        self.images_seen = self.checkpoints.load(path)["images_seen"]
+        state = self.checkpoints.load(path)
+        self.images_seen = state["images_seen"]
+        self.step.resume(state)
 
     def everything(self) -> dict[str, Tensor]:
         """Weights and moments of all that learns, and the average."""
@@ -120,7 +136,7 @@ class Training:
 
 def poisoned(out: Path) -> bool:
     """An image of rank 1 that is no number: whether rank 0 has moved."""
-    training = Training("ddp", out, micro_batch=4)
+    training = Training("ddp", out)
     training.run(3)
     before = training.everything()
     whole = training.images
@@ -131,35 +147,34 @@ def poisoned(out: Path) -> bool:
     return moved
 
 
-def main(out: Path) -> None:
-    found: dict[str, Any] = {}
-    runs: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("plain", {"micro_batch": 4}),
-        ("accumulated", {"micro_batch": 2}),
-        ("bf16", {"micro_batch": 4, "precision": "bf16"}),
-    )
-    for name, how in runs:
-        training = Training("ddp", out / name, **how)
-        found[name] = training.run(STEPS)
-        if name == "plain":
-            whole = training.everything()
+def broken_off(out: Path, **how: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """A run of three launches, the first of which ends before the discriminator's turn and within a window."""
+    numbers: list[dict[str, float]] = []
+    saved: Path | None = None
+    for steps in (1, STEPS // 2, STEPS - 1 - STEPS // 2):
+        training = Training("ddp", out, **how)
+        if saved:
+            training.resume(saved)
+        numbers += training.run(steps)
+        saved, end = training.save(), training.everything()
         training.engine.close()
-    first = Training("ddp", out / "halves", micro_batch=4)
-    first.run(1)  # before the discriminator's turn
-    path = first.save()
-    first.engine.close()
-    second = Training("ddp", out / "halves", micro_batch=4)
-    second.resume(path)
-    found["resumed"] = second.run(STEPS // 2)
-    second.save()
-    found["resumed"] += second.run(STEPS - 1 - STEPS // 2)
-    found["same"] = [name for name, tensor in second.everything().items() if not torch.equal(tensor, whole[name])] == []
-    second.engine.close()
+    return numbers, end
+
+
+def main(out: Path, names: list[str]) -> None:
+    found: dict[str, Any] = {}
+    for name in names:
+        training = Training("ddp", out / name, **RUNS[name])
+        numbers, whole = training.run(STEPS), training.everything()
+        training.engine.close()
+        again, end = broken_off(out / f"{name}_broken_off", **RUNS[name])
+        changed = [key for key, tensor in end.items() if not torch.equal(tensor, whole[key])]
+        found[name] = {"numbers": numbers, "again": again, "changed": changed}
     found["moved"] = poisoned(out / "poisoned")
     if runtime.is_main():
         (out / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     runtime.leave()

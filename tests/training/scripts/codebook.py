@@ -1,6 +1,7 @@
 """Trains a tiny VQ first stage whose dead codebook entries start again.
 
-usage  codebook.py OUT     on ranks that a launcher started; every rank writes its codebook and what it found of its use
+usage  codebook.py OUT     on ranks that a launcher started; every rank writes its codebook and what it found of its
+                           use, rank 0 the codebooks that ZeRO ends at without restarts
 """
 
 import sys
@@ -86,6 +87,15 @@ def main() -> None:
         if step == 2:
             training.save()  # in the middle of a window
     torch.save({"tables": training.tables, "found": training.found}, out / f"rank{training.engine.rank}.pt")
+    training.engine.close()
+    for kind in ("zero1", "zero2"):
+        cut_up = Training(kind, out / kind, restart=False)
+        for _ in range(STEPS):
+            cut_up.step()
+        whole = cut_up.engine.masters.consolidated(cut_up.engine.masters.tensors)
+        if whole is not None:
+            torch.save({"weight": whole[ENTRIES], "found": cut_up.found}, out / f"{kind}.pt")
+        cut_up.engine.close()
     runtime.leave()
 
 
