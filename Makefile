@@ -7,11 +7,12 @@ EXPERIMENT ?= txt2img_laion
 SCALE      ?= full
 ARGS       ?=
 DS_OPS     ?= DS_BUILD_SHM_COMM=1
-PROCESSES  ?= 1
+PROCESSES  ?= $(if $(filter toy,$(SCALE)),1)
 WEIGHTS    ?= $(or $(LDM_SCALE_WEIGHTS),weights)
 RUN        ?= runs/$(EXPERIMENT)/$(SCALE)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Without PROCESSES= the launcher takes one for each GPU; the engine of toy jobs is for one.
 LAUNCH := PROCESSES=$(PROCESSES) launchers/accelerate.sh
 READY := $(VENV)/.ready
 # TORCH=system keeps the torch that $(PYTHON) has, a vendor's perhaps. WHEELHOUSE=DIR takes every package from there.
@@ -39,9 +40,9 @@ OPENMOJI_TEXT := first_stage.checkpoint=runs/autoencoder_kl_f4/openmoji conditio
 	status sample evaluate report dashboard relay clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  \033[1m%-20s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: EXPERIMENT=$(EXPERIMENT) SCALE=$(SCALE) ARGS='key=value ...' PROCESSES=$(PROCESSES)"
+	@echo "  Variables: EXPERIMENT=$(EXPERIMENT) SCALE=$(SCALE) ARGS='key=value ...' PROCESSES=$(or $(PROCESSES),one for each GPU)"
 
 setup: $(READY) ## Make .venv with everything (once)
 
@@ -102,7 +103,9 @@ ifeq ($(SCALE),toy)
 	@python train.py +sweep=compression scale=toy $(ARGS)
 	@python -m ldm_scale.jobs.compression_tradeoff $(FACTORS:%=runs/compression_f%/toy) --steps 5 10 20 50
 else
-	@for f in $(FACTORS); do python -m ldm_scale.jobs.plan +experiment=compression_f$$f name=compression $(ARGS); done
+	@failed=0; for f in $(FACTORS); do \
+		python -m ldm_scale.jobs.plan +experiment=compression_f$$f name=compression $(ARGS) || failed=$$?; \
+	done; exit $$failed
 endif
 
 test: setup system-packages $(IMG2DATASET) ## Every test
@@ -123,13 +126,13 @@ lint: setup ## ruff, import-linter (the floors), codespell
 types: setup ## mypy
 	mypy
 
-bench: setup ## Every benchmark: prints ratios against a peer or a limit measured in the same run
-	for file in benchmarks/*.py; do python $$file; done
+bench: setup ## Every benchmark: ratios against a peer or a limit measured in the same run. One of them needs the demo's model
+	@failed=0; for file in benchmarks/*.py; do echo $$file; python $$file || failed=$$?; done; exit $$failed
 
 model-table: setup ## docs/models.md: every experiment's parameters and operations, beside the published ones
 	@python -m ldm_scale.jobs.model_table docs/models.md
 
-fetch-weights: setup ## Inception, VGG16, BERT's tokenizer, CLIP, kl-f8 from their authors, for jobs offline: WEIGHTS=DIR
+fetch-weights: setup ## Inception, VGG16, BERT's tokenizer, CLIP, kl-f8 and vq-f4 from their authors, for jobs offline: WEIGHTS=DIR
 	@python -m ldm_scale.jobs.fetch_weights $(WEIGHTS)
 
 ifeq ($(SCALE),toy)
@@ -162,5 +165,5 @@ dashboard: setup ## A W&B workspace with the panels of docs/dashboard.md, of wha
 relay: setup ## On a machine with internet: follow a run without it into W&B, live or afterwards: RUN= ARGS=--once
 	@python -m ldm_scale.jobs.relay $(RUN) $(ARGS)
 
-clean: ## Remove what runs and demos wrote (data, runs), not .venv
-	rm -rf runs data outputs multirun
+clean: ## Remove what the demos, toy jobs and the toy sweep wrote; not .venv, nor other runs and data
+	rm -rf $(TOY) $(OPENMOJI) runs/*/toy runs/*/openmoji multirun/compression*

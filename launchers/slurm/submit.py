@@ -262,6 +262,7 @@ def _label(overrides: Sequence[str]) -> str:
 def _require_startable(task: Task, world: int) -> None:
     """Refuse what the training would refuse, before it has waited in the queue."""
     job = task.config
+    job.require_trainable()
     if job.engine.kind is EngineKind.one_process and world > 1:
         raise ValueError(
             f"engine.kind=one_process, but {world} processes are asked for: engine=ddp or engine=zero1, or NODES=1 "

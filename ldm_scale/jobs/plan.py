@@ -6,7 +6,7 @@ Takes the overrides of train.py. Speeds rest on the model in jobs/speed.py, whos
 launchers/burn_in measured (`--rates`), or given by hand; memory on jobs/footprint.py; the checks are those of
 jobs/preflight.py. Kept with the run (`--keep`), the dashboard holds the run against it.
 
-exits  0 the job could start, 1 it would fail, 2 it is no job
+exits  0 the job could start, once what is `to do` is done; 1 it would fail; 2 it is no job
 """
 
 import argparse
@@ -292,7 +292,7 @@ def show(found: Plan, console: Console) -> None:
         f"  Model: products sustain {machine.matmul / 1e12:.3g} TFLOP/s of {machine.peak / 1e12:.3g}, collectives "
         f"{machine.bus / 1e9:.3g} GB/s, kernels without arithmetic {machine.memory_bandwidth / 1e12:.2g} TB/s.\n"
         f"  Rates: {machine.source}.\n"
-        "  Not in them: data, compilation, stragglers, checkpoints; a first stage's perceptual and adversarial nets.\n"
+        "  Not in them: data, compilation, stragglers, checkpoints.\n"
         f"  Knee: arithmetic is at least half of the step up to {knee}. Batches marked (nearest) ask for "
         "batch_fit=nearest.\n"
         f"  Checkpoint: {found.checkpoint_bytes / 1e9:,.1f} GB; at most {found.checkpoints} of them on disk.",

@@ -115,6 +115,7 @@ def _memory(job: TrainJob, needs: Needs) -> str:
 
 
 def _conditions(job: TrainJob) -> str:
+    job.require_trainable()
     told = job.conditioning
     if (encoder := loading.text_encoder(told)) is not None:
         return f"text encoder {encoder.config.model}, frozen: its output is cached"

@@ -60,6 +60,7 @@ def run(job: TrainJob) -> None:
     exits  75 preempted, 0 stopped, 1 failed; `status.json` in the run directory says the same. Finished, it returns:
            the next training of a sweep may follow in this process
     """
+    job.require_trainable()
     startup = Startup()
     runtime.configure_logging()
     preemption = runtime.Preemption()

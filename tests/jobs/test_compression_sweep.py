@@ -36,8 +36,7 @@ TABLE_13 = {  # facts.md 3.9: f: latent, millions of parameters, channels, multi
 
 @functools.cache
 def composed(factor: int, scale: str) -> Any:
-    job = "precompute_latents" if scale == "full" else "train"
-    return config.compose(job, [f"+experiment=compression_f{factor}", f"scale={scale}"])
+    return config.compose("train", [f"+experiment=compression_f{factor}", f"scale={scale}", "name=any"])
 
 
 def unet_parameters(job: Any) -> int:

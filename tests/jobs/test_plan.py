@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from ldm_scale.core import storage
-from ldm_scale.jobs import config, plan, preflight, speed
+from ldm_scale.jobs import config, plan, preflight, speed, train
 from ldm_scale.jobs.footprint import _Fused, _Live, activation_bytes, checkpointing_everything, footprint
 from ldm_scale.jobs.preflight import Check, Needs
 from ldm_scale.jobs.schemas.train import TrainJob
@@ -182,7 +182,7 @@ def test_a_sound_job_has_nothing_to_fear(job: Job) -> None:
         ("batch", "does not divide", ["global_batch=9"], {}),
         ("engine", "one_process on 2 GPUs", ["micro_batch=4"], {"world": 2}),
         ("memory", "does not fit", [], {"gpu_bytes": 3}),
-        ("first stage", "neither a weights directory", ["first_stage.checkpoint=nowhere"], {}),
+        ("first stage", "neither weights nor a finished", ["first_stage.checkpoint=nowhere"], {}),
         ("conditions", "has 128 tokens", ["conditioning.vocab_size=64"], {}),
         ("data", "image transform", ["data.transform.border=keep"], {}),
         ("data", "nowhere", ["data.images=null", "data.latents=nowhere"], {}),
@@ -228,3 +228,20 @@ def test_the_command(world: Any, capsys: pytest.CaptureFixture[str], tmp_path: P
     with pytest.raises(SystemExit) as left:
         plan.main([*overrides, "unet.modle_channels=3"])
     assert left.value.code == 2 and "did you mean model_channels" in capsys.readouterr().err
+    assert plan.main([*overrides, "--gpus", "1", "data.latents=to_come"]) == 0  # can be made: nothing is wrong
+    assert "to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_cannot_be_trained_yet_is_planned_and_refused_before_anything_is_built(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The lines of `make compression-sweep` at full scale."""
+    untrained = ["+experiment=compression_f8", "name=untrained"]
+    assert plan.main(untrained) == 1
+    said = capsys.readouterr().out
+    assert "395,496,196 trained parameters" in said and "class_label cannot be trained yet" in said
+    job = config.compose("train", untrained)
+    with pytest.raises(ValueError, match="class_label cannot be trained yet"):
+        train.run(job)
+    assert not Path(job.run_dir).exists()

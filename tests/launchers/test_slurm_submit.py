@@ -97,6 +97,7 @@ REFUSED = {
     "train +experiment=txt2img_laion name=a --partition gpu": "gpu is no key=value; options of sbatch",
     "train +experiment=txt2img_laion name=a optimiser.decay=1": "unknown key optimiser; did you mean optimizer?",
     "train +experiment=txt2img_laion scale=toy NODES=2 GPUS_PER_NODE=0": "engine=ddp or engine=zero1, or NODES=1",
+    "train +experiment=class_imagenet name=a": "conditioning=class_label cannot be trained yet",
     "train +experiment=txt2img_laion name=a NODES=3": "global_batch=680 does not divide",
 }
 

@@ -75,12 +75,6 @@ class TrainJob(Experiment):
         if self.trains_first_stage:
             _require_room_beside(self.engine, self.autoencoder_loss)
             self.autoencoder_loss.adversarial.require_fits(self.data.transform.size)
-        if kind := _UNTRAINED_CONDITIONERS.get(type(self.conditioning)):
-            raise ValueError(
-                f"conditioning={kind} cannot be trained yet: batches carry no other condition "
-                "than captions for a text_transformer or a clip_text. These can: +experiment=txt2img_laion, "
-                "+experiment=uncond_lsun_churches"
-            )
         if isinstance(self.conditioning, ClipTextConfig):
             _require_own_captions(self.data)
         rescale = self.first_stage.rescale if isinstance(self.first_stage, AutoencoderKLConfig) else Rescale.all
@@ -92,6 +86,18 @@ class TrainJob(Experiment):
             raise ValueError(
                 f"first_stage.checkpoint={self.first_stage.checkpoint}, but this job trains a first stage: "
                 f"init={self.first_stage.checkpoint} starts it from those weights"
+            )
+
+    def require_trainable(self) -> None:
+        """Refuse what can be configured, and planned, but not trained yet.
+
+        raises  ValueError naming the key
+        """
+        if kind := _UNTRAINED_CONDITIONERS.get(type(self.conditioning)):
+            raise ValueError(
+                f"conditioning={kind} cannot be trained yet: batches carry no other condition "
+                "than captions for a text_transformer or a clip_text. These can: +experiment=txt2img_laion, "
+                "+experiment=uncond_lsun_churches"
             )
 
 
