@@ -162,6 +162,11 @@ class Reference:
     """sha256 of the file: which reference a score was computed against."""
 
 
+def _said(value: Any) -> Any:
+    """Without keys that are None: files that are older than such a key do not have it."""
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, Mapping) else value
+
+
 def load_reference(path: Path, wanted: Mapping[str, Any], scores: Sequence[Score]) -> Reference:
     """Read what `save_reference` wrote.
 
@@ -176,7 +181,7 @@ def load_reference(path: Path, wanted: Mapping[str, Any], scores: Sequence[Score
     with safe_open(str(path), "pt") as file:
         origin = json.loads(file.metadata()["origin"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    if differing := [name for name in wanted if origin[name] != wanted[name]]:
+    if differing := [name for name in wanted if _said(origin[name]) != _said(wanted[name])]:
         sides = "; ".join(f"{name}: {origin[name]} there, {wanted[name]} here" for name in differing)
         raise ValueError(f"evaluation.reference={path} was made otherwise: {sides}. Write it anew for this run")
     if "features" not in tensors and any(score.needs_every_feature for score in scores):

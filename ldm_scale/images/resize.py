@@ -22,7 +22,7 @@ _WHITE_SHARE = 0.95  # of a bar's pixels; JPEG rings where the bar meets the pic
 
 
 class Crop(Enum):
-    """Which part of the longer side is kept."""
+    """Which part is kept of sides that are longer than the result's."""
 
     center = "center"
     random = "random"
@@ -50,8 +50,10 @@ class ImageTransformConfig:
 
     size: int
     """Side of the result, pixels."""
+    resize: int | None = None
+    """Shorter side before the crop, pixels; None for `size`. A larger one leaves more of both sides to crop from."""
     crop: Crop = Crop.center
-    """Part kept of the longer side: its middle, or anywhere."""
+    """Part kept of what is larger than `size`: its middle, or anywhere."""
     border: Border = Border.crop
     """White bars of img2dataset's default resize: cut off, or the image rejected, or kept."""
     flip: bool = False
@@ -62,6 +64,11 @@ class ImageTransformConfig:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"transform.size={self.size}; must be at least 1 pixel")
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(
+                f"transform.resize={self.resize} leaves too little for a crop of transform.size={self.size}: at least "
+                "as much, or null"
+            )
         if self.min_side < 1:
             raise ValueError(f"transform.min_side={self.min_side}; must be at least 1 pixel")
 
@@ -97,7 +104,7 @@ class ImageTransform:
         if min(image.shape[:2]) < self.config.min_side:
             height, width = image.shape[:2]
             raise RejectedImage("too_small", f"{width} x {height}, transform.min_side={self.config.min_side}")
-        resized = resize_shorter_side(image, self.config.size)
+        resized = resize_shorter_side(image, self.config.resize or self.config.size)
         crop_y, crop_x = u[:2] if u is not None and self.config.crop is Crop.random else (0.5, 0.5)
         square = _crop(resized, self.config.size, float(crop_y), float(crop_x))
         if u is not None and self.config.flip and u[2] < 0.5:
@@ -105,9 +112,11 @@ class ImageTransform:
         return np.ascontiguousarray(square)
 
     def fingerprint(self) -> dict[str, str | int | bool]:
-        """All that decides which pixels the first stage sees; JSON-able."""
+        """All that decides which pixels the first stage sees; JSON-able. What is as it always was is not named."""
+        resize = {} if self.config.resize in (None, self.config.size) else {"resize": self.config.resize}
         return {
             "size": self.config.size,
+            **resize,
             "crop": self.config.crop.value,
             "border": self.config.border.value,
             "flip": self.config.flip,

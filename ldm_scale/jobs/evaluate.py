@@ -116,12 +116,9 @@ class _Scored:
 
 
 def _trained(job: EvaluateJob, trained: loading.RunWeights) -> _Scored:
-    data = trained.data
-    data = replace(
-        data,
-        validation=job.data.images or data.validation,
-        transform=replace(data.transform, size=job.data.size or data.transform.size),
-    )
+    data, size = trained.data, job.data.size
+    transform = data.transform if size is None else replace(data.transform, size=size, resize=None)
+    data = replace(data, validation=job.data.images or data.validation, transform=transform)
     described = f"{job.run_dir}: {trained.described}"
     return _Scored(trained.first_stage(), trained.dtypes.parameter, described, data, _out(job, trained.checkpoint))
 

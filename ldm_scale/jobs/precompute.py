@@ -49,6 +49,7 @@ _VOCABULARY_CAPTIONS = 200_000
 _CAPTION_BYTES = 256  # header and index of a caption, its row of metadata, beside the blocks that it fills
 _TRIED_SHARE = 64  # the speed is tried on at most one so-many-th of the images
 _POLL_S = 1.0
+_UNSAID = {"data.transform.resize": None, "precompute.text_embeddings": None}  # by caches older than the choice
 
 
 def run(job: PrecomputeJob) -> None:
@@ -241,7 +242,7 @@ def _begin(folder: Path, made_by: CacheIdentity, config: PrecomputeConfig, tars:
     }
     theirs: dict[str, Any] = {}
     if note.exists():
-        theirs = _settings_of_text(None) | storage.read_json(note)
+        theirs = _UNSAID | storage.read_json(note)
     elif manifest.exists():
         found = CacheManifest.read_from(str(folder))
         theirs = _settings(found.first_stage, found.transform, found.kind, found.text)
@@ -263,15 +264,12 @@ def _settings(
     first_stage: dict[str, Any], transform: dict[str, Any], kind: str, text: dict[str, Any] | None
 ) -> dict[str, Any]:
     return {
+        **_UNSAID,
         "first_stage": f"{first_stage['kind']} {first_stage['sha256'][:12]}",
         **{f"data.transform.{key}": value for key, value in transform.items()},
         "moments": str(kind),
-        **_settings_of_text(text),
+        "precompute.text_embeddings": text and f"{text['kind']} {storage.digest(text)[:12]}",
     }
-
-
-def _settings_of_text(text: dict[str, Any] | None) -> dict[str, Any]:
-    return {"precompute.text_embeddings": text and f"{text['kind']} {storage.digest(text)[:12]}"}
 
 
 def _wanted(pipeline: Pipeline, limit: int) -> list[int]:

@@ -76,10 +76,18 @@ def test_a_transform_without_chance_ignores_the_numbers():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.floats(0, 1, exclude_max=True), st.booleans())
-def test_the_result_is_always_the_square(height, width, size, number, random):
-    transform = ImageTransformConfig(size=size, crop=Crop.random if random else Crop.center).build()
-    assert transform(picture(height, width), u=np.full(UNIFORMS, number)).shape == (size, size, 3)
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(0, 20),
+    st.floats(0, 1, exclude_max=True), st.booleans(),
+)  # fmt: skip
+def test_the_result_is_always_a_square_of_the_resized_image(height, width, size, more, number, random):
+    """`resize` pixels on the shorter side, then `size` x `size` of them, from where the numbers say."""
+    config = ImageTransformConfig(size=size, resize=size + more, crop=Crop.random if random else Crop.center)
+    square = config.build()(image := picture(height, width), u=np.full(UNIFORMS, number))
+    resized = resize_shorter_side(image, size + more)
+    top, left = (int((number if random else 0.5) * (side - size + 1)) for side in resized.shape[:2])
+    np.testing.assert_array_equal(square, resized[top : top + size, left : left + size])
+    assert square.shape == (size, size, 3)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +155,20 @@ def test_fingerprint_moves_with_every_setting_that_moves_a_pixel():
         ImageTransformConfig(size=32, crop=Crop.random),
         ImageTransformConfig(size=32, border=Border.keep),
         ImageTransformConfig(size=32, flip=True),
+        ImageTransformConfig(size=32, resize=48),
     ]
     prints = [json.dumps(config.build().fingerprint(), sort_keys=True) for config in configs]
     assert len(set(prints)) == len(prints)
     assert configs[0].build().fingerprint()["normalisation"] == "x / 127.5 - 1"
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 32, "min_side": 0}])
+def test_caches_from_before_resize_could_be_chosen_keep_their_fingerprint():
+    old = ImageTransformConfig(size=32).build().fingerprint()
+    assert list(old) == ["size", "crop", "border", "flip", "resampling", "library", "normalisation"]
+    assert ImageTransformConfig(size=32, resize=32).build().fingerprint() == old
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"size": 32, "min_side": 0}, {"size": 32, "resize": 31}])
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=r"transform\."):
         ImageTransformConfig(**wrong)

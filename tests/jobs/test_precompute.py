@@ -123,6 +123,16 @@ def test_the_mirror_image_is_a_member_of_its_own(images: Path, encode: Encode) -
     assert b"flip.npy" not in (Path(cache.folder) / "00000.tar").read_bytes()
 
 
+def test_a_cache_from_before_a_choice_is_one_in_which_nothing_was_chosen(images: Path, encode: Encode) -> None:
+    note = Path(encode().folder) / ".ldm" / "precompute.json"
+    said = json.loads(note.read_text())
+    note.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    encode()
+    assert json.loads(note.read_text()) == said
+    with pytest.raises(ValueError, match=r"made with data\.transform\.resize=None \(now 24\):"):
+        encode("data.transform.resize=24")
+
+
 def test_bfloat16_says_how_far_it_is_from_float32(images: Path, encode: Encode, monkeypatch: Any) -> None:
     def convolve(self: Identity, images_BCHW: torch.Tensor) -> Moments:
         return Moments(torch.nn.functional.conv2d(images_BCHW, torch.eye(3)[:, :, None, None] / 3), None)

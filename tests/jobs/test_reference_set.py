@@ -21,7 +21,7 @@ def written(file: Path, images: Path, size: int = 32, *overrides: str) -> tuple[
         ],
     )  # fmt: skip
     reference_set.write(job, file)
-    transform = {"size": size, "crop": "center", "border": "crop", "flip": False, "min_side": 1}
+    transform = {"size": size, "crop": "center", "border": "crop", "flip": False, "min_side": 1}  # before `resize`
     wanted = {"features": RandomFeatures().digest, "transform": transform}
     found = load_reference(file, wanted, job.evaluation.scores[:2])
     statistics = found.statistics
