@@ -126,8 +126,16 @@ def load(directory: Path, first_stage: Path | None = None) -> Bundle:
     return _load_parts(where, first_stage)
 
 
+def first_stage_at(given: Path) -> Path | None:
+    """The weights of a first stage: `given` itself, or in it where a run or a model directory has them; or None."""
+    for directory in (given, RunDir(given).weights, given / FIRST_STAGE):
+        if (directory / "config.json").exists() and (directory / "weights.safetensors").exists():
+            return directory
+    return None
+
+
 def _load_parts(latent_diffusion: Path | None, first_stage: Path) -> Bundle:
-    first_stage = RunDir(first_stage).weights if RunDir(first_stage).weights.is_dir() else first_stage
+    first_stage = first_stage_at(first_stage) or first_stage
     held = weights.load(first_stage)
     autoencoder = from_plain(held.config[FIRST_STAGE]).build()
     weights.load_exactly(autoencoder, held.tensors, str(first_stage))

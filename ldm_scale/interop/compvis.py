@@ -200,8 +200,7 @@ def _next(bundle: Bundle, out: Path) -> str:
     if bundle.unet is None:
         return f"Train on its latents:  python precompute_latents.py +experiment=NAME {use}"
     return (
-        f"Train on its latents:  python precompute_latents.py +experiment=NAME {use} "
-        f"first_stage.scale={bundle.latent_scale:g}\n"
+        f"Train on its latents:  python precompute_latents.py +experiment=NAME {use}\n"
         f"Hand it to diffusers:  python -m ldm_scale.interop.diffusers export {out} DIRECTORY"
     )
 

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,13 @@ def _from_hub(name: str, folder: str, licence: str, *files: str) -> list[Publish
 
 _TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 _LATENT_DIFFUSION = "https://raw.githubusercontent.com/CompVis/latent-diffusion/main/models/first_stage_models"
+_FILES = "https://ommer-lab.com/files/latent-diffusion"
+
+
+def _first_stage(name: str, published: str) -> list[Published]:
+    urls = {"config.yaml": f"{_LATENT_DIFFUSION}/{published}/config.yaml", "model.zip": f"{_FILES}/{published}.zip"}
+    return [Published(file=f"{name}/original/{file}", url=url, licence="MIT") for file, url in urls.items()]
+
 
 WEIGHTS: dict[str, list[Published]] = {
     "inception": [
@@ -72,15 +79,13 @@ WEIGHTS: dict[str, list[Published]] = {
         "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "vocab.json", "merges.txt",
     ),
-    "kl_f8": [
-        Published(file="kl_f8/original/config.yaml", url=f"{_LATENT_DIFFUSION}/kl-f8/config.yaml", licence="MIT"),
-        Published(
-            file="kl_f8/original/model.zip", url="https://ommer-lab.com/files/latent-diffusion/kl-f8.zip",
-            licence="MIT",
-        ),
-    ],
+    "kl_f8": _first_stage("kl_f8", "kl-f8"),
+    "vq_f4": _first_stage("vq_f4", "vq-f4"),
 }  # fmt: skip
-"""By name: for FID, for LPIPS, for captions of the 1.45B model, for CLIP, and its first stage."""
+"""By name: for FID, for LPIPS, for captions of the 1.45B model, for CLIP, its first stage, that of most others."""
+
+LATENT_SCALES = {"kl_f8": 0.18215, "vq_f4": 1.0}
+"""Of first stages: what their published second stages multiply latents by; their own files do not say."""
 
 
 def fetch(files: Sequence[Published], directory: Path) -> None:
@@ -157,18 +162,19 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def import_kl_f8(directory: Path) -> None:
-    """The original kl-f8 as `first_stage.checkpoint=DIRECTORY/kl_f8`, from what was fetched."""
-    original, out = directory / "kl_f8/original", directory / "kl_f8"
+def import_first_stage(name: str, directory: Path) -> None:
+    """An original first stage as `first_stage.checkpoint=DIRECTORY/NAME`, from what was fetched."""
+    original, out = directory / name / "original", directory / name
     if (out / "config.json").exists():
         return
     with zipfile.ZipFile(original / "model.zip") as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".ckpt"))
-        checkpoint = Path(archive.extract(name, original))
+        (member,) = (member for member in archive.namelist() if member.endswith(".ckpt"))
+        checkpoint = Path(archive.extract(member, original))
     first_stage = compvis.load(original / "config.yaml", checkpoint).first_stage
-    weights.save(out, {bundle.FIRST_STAGE: bundle.to_plain(first_stage.config)}, first_stage.state_dict())
+    config = replace(first_stage.config, scale=LATENT_SCALES[name])
+    weights.save(out, {bundle.FIRST_STAGE: bundle.to_plain(config)}, first_stage.state_dict())
     checkpoint.unlink()  # the archive stays
-    print(f"  kl_f8: imported, sha256 of its weights {first_stage.digest()}", flush=True)
+    print(f"  {name}: imported, sha256 of its weights {first_stage.digest()}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in arguments.only:
             print(name, flush=True)
             fetch(WEIGHTS[name], arguments.directory)
-            if name == "kl_f8":
-                import_kl_f8(arguments.directory)
+            if name in LATENT_SCALES:
+                import_first_stage(name, arguments.directory)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -54,12 +54,18 @@ def _latents(config: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def stated_scale(config: FirstStageConfig) -> float | None:
-    """The latent scale that goes with the trained weights of a first stage; None where they do not say."""
+    """The latent scale that goes with the trained weights of a first stage; None where they do not say.
+
+    Published weights state it in their configuration, those that were trained here measured their latents.
+    """
     if isinstance(config, AutoencoderKLConfig) and config.rescale is Rescale.channels:
         return 1.0
     where = first_stage_weights(config)
-    held = {} if where is None else storage.read_json(where / "config.json")
-    return 1 / float(held[LATENTS]["std"]) if LATENTS in held else None
+    if where is None:
+        return None
+    held = storage.read_json(where / "config.json")
+    stated: float | None = held[bundle.FIRST_STAGE]["scale"]
+    return 1 / float(held[LATENTS]["std"]) if stated is None and LATENTS in held else stated
 
 
 def described_first_stage(checkpoint: str) -> FirstStage:
@@ -81,14 +87,12 @@ def _weights_directory(checkpoint: str | None) -> Path:
         raise FileNotFoundError(
             "first_stage.checkpoint is not set: name a weights directory or the run directory of a trained first stage"
         )
-    given = Path(checkpoint)
-    for directory in (given, RunDir(given).weights):
-        if (directory / "config.json").exists() and (directory / "weights.safetensors").exists():
-            return directory
+    if (directory := bundle.first_stage_at(Path(checkpoint))) is not None:
+        return directory
     raise FileNotFoundError(
-        f"first_stage.checkpoint={checkpoint}: neither a weights directory nor a finished training run. "
-        "Train it (accelerate launch train.py +experiment=autoencoder_...), or fetch the published kl_f8: "
-        "`make fetch-weights` on a machine with internet"
+        f"first_stage.checkpoint={checkpoint}: neither weights nor a finished training run. The published kl_f8 and "
+        "vq_f4: `make fetch-weights` on a machine with internet; others from their authors' files: `python -m "
+        f"ldm_scale.interop.compvis CONFIG CKPT {checkpoint}`; or train one: +experiment=autoencoder_..."
     )
 
 

@@ -151,8 +151,8 @@ def make_toy(path: Path) -> Toy:
     write_world(path / "toy", Recipe(train=96, val=8, objects=1, size=32, shard_size=48, seed=0))
     encoding = made.overrides("precompute.min_psnr=0")
     torch.manual_seed(0)
-    network = config.compose("precompute_latents", encoding).first_stage.build()
-    weights.save(path / "kl", {"first_stage": {}}, network.state_dict())
+    first_stage = config.compose("precompute_latents", encoding).first_stage
+    weights.save(path / "kl", {"first_stage": config.to_plain(first_stage)}, first_stage.build().state_dict())
     Launch("precompute_latents", encoding, world=1, log=path / "log.txt").finish()
     return made
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ldm_scale.diffusion.objective import Loss, Prediction
 from ldm_scale.interop import compvis, compvis_config, compvis_names
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
-from ldm_scale.jobs.fetch_weights import import_kl_f8
+from ldm_scale.jobs.fetch_weights import import_first_stage
 
 Make = Callable[..., Any]
 SLOW = {"stable_diffusion": [pytest.mark.slow]}  # transformers takes seconds to import
@@ -302,15 +303,17 @@ def test_command_line_writes_what_jobs_read(original: Make, tmp_path: Path, caps
     made, out = original("txt2img", averaged=True), tmp_path / "out"
     assert compvis.main([str(made.config), str(made.checkpoint), str(out), "--raw"]) == 0
     printed = capsys.readouterr().out
-    assert f"first_stage.checkpoint={out / 'first_stage'} first_stage.scale=0.18215" in printed
+    assert f"+experiment=NAME first_stage.checkpoint={out / 'first_stage'}\n" in printed
     bundle = compvis.load(made.config, made.checkpoint, raw=True)
     assert f"{sum(p.numel() for p in bundle.unet.parameters()):,} parameters" in printed
 
     held = weights.load(out / "first_stage")
     config = jobs_config.from_plain("first_stage", held.config["first_stage"])
     assert config == bundle.first_stage.config
-    config.checkpoint = str(out / "first_stage")
-    assert loading.first_stage(config).digest() == bundle.first_stage.digest()
+    for checkpoint in (out, out / "first_stage"):
+        named = replace(config, checkpoint=str(checkpoint), scale=None)
+        assert loading.first_stage(named).digest() == bundle.first_stage.digest()
+        assert loading.stated_scale(named) == 0.18215
 
     held = weights.load(out / "latent_diffusion")
     model = bundle.latent_diffusion()
@@ -386,7 +389,8 @@ def test_the_first_stage_that_is_fetched_becomes_a_weights_directory(original: M
     shutil.copy(given.config, fetched)
     with zipfile.ZipFile(fetched / "model.zip", "w") as archive:
         archive.write(given.checkpoint, "model.ckpt")
-    import_kl_f8(tmp_path / "weights")
+    import_first_stage("kl_f8", tmp_path / "weights")
     held = loading.described_first_stage(f"{tmp_path}/weights/kl_f8")
     assert held.digest() == compvis.load(given.config, given.checkpoint).first_stage.digest()
+    assert loading.stated_scale(replace(held.config, scale=None)) == 0.18215
     assert sorted(path.name for path in fetched.iterdir()) == ["config.yaml", "model.zip"]
