@@ -1,4 +1,4 @@
-"""Draw with a trained model, whatever it is told. `sample.py` starts this, alone or by `accelerate launch`.
+"""Sample from a trained model, whatever its conditioning. `sample.py` starts this, alone or by `accelerate launch`.
 
 Image i has its own noise stream, (seed, i), and batches are fixed by index: batch k is drawn by process k modulo their
 number, so any number of processes writes the same files. A picture that is there is not drawn again.
