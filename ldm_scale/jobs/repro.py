@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ldm_scale.core import storage
+from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.secrets import without_secrets
 from ldm_scale.data.sources import ImageSource, LatentSource, MixedSource, SampleSource
@@ -24,6 +24,8 @@ from ldm_scale.training.engine import Engine
 
 _CODE = Path(__file__).parents[2]
 _GIT_S = 20.0  # a repository on a slow file system must not hold up a thousand processes
+
+log = runtime.logger(__name__)
 
 
 def record(
@@ -56,6 +58,8 @@ def record(
         "packages": dict(sorted({d.metadata["Name"]: d.version for d in metadata.distributions()}.items())),
         "code": _code(run_dir),
     }
+    if launch["code"] is None:
+        log.warning("%s cannot say which code runs: %s is no checkout, and has no snapshot.json", run_dir.repro, _CODE)
     storage.write_json(run_dir.repro, {"launches": [*launches(run_dir), launch]})
 
 
@@ -127,7 +131,7 @@ def _data(source: SampleSource[Any]) -> dict[str, Any]:
 
 def _code(run_dir: RunDir) -> dict[str, Any] | None:
     """Commit, and what differs from it (kept beside); None where the code is no checkout, nor the copy of one."""
-    if (noted := _CODE / "snapshot.json").exists():  # launchers/slurm/submit makes such copies
+    if (noted := _CODE / "snapshot.json").exists():  # copies by launchers/slurm/submit, and images, have one
         return {**storage.read_json(noted), "snapshot": str(_CODE)}
     commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     if commit is None or changed is None:

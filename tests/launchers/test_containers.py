@@ -1,5 +1,6 @@
 """The recipes of images. No engine runs here: they are linted and compared, and their set-up runs in another folder."""
 
+import json
 import os
 import re
 import shlex
@@ -57,6 +58,15 @@ def test_the_context_holds_what_jobs_need_and_nothing_else():
     copied = {name for kind, rest in instructions() if kind == "COPY" for name in rest.split()[:-1]}
     assert copied - {"."} <= wanted
     assert {"*.py", "conf", "launchers", "ldm_scale"} <= wanted and not {".git", ".", "runs", "data"} & wanted
+
+
+@pytest.mark.parametrize(("commit", "dirty"), [("0123abc", False), ("0123abc-dirty", True)])
+def test_an_image_knows_its_commit_or_is_not_built(commit: str, dirty: bool, tmp_path: Path):
+    (run,) = (rest for kind, rest in instructions() if kind == "RUN" and "snapshot.json" in rest)
+    subprocess.run(["sh", "-c", run], cwd=tmp_path, env={"COMMIT": commit}, check=True)
+    assert json.loads((tmp_path / "snapshot.json").read_text()) == {"commit": "0123abc", "dirty": dirty}
+    refused = subprocess.run(["sh", "-c", run], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert refused.returncode and "--build-arg COMMIT=" in refused.stderr
 
 
 @pytest.mark.slow
