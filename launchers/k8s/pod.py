@@ -2,10 +2,14 @@
 
     python launchers/k8s/pod.py train.py +experiment=NAME ...
 
-From the environment: HOSTS pods, of which this is number HOST, and MASTER_ADDR, the first one, set by the manifest;
-PROCESSES of this pod, set by launchers/env.sh. SIGTERM and SIGUSR1 reach every process.
+From the environment: HOSTS pods, of which this is number HOST, MASTER_ADDR, the first one, and RESTARTS of them all so
+far, set by the manifest; PROCESSES of this pod, set by launchers/env.sh. SIGTERM and SIGUSR1 reach every process.
 
-exits  0 every process finished, 75 the job was told to stop and has saved, else as the first process that failed
+Where three attempts in a row of a training or a precomputation finished nothing (a checkpoint, a shard), there is no
+fourth: the first host keeps count, beside the directory that `run_dir=` or `data.latents=` names.
+
+exits  0 every process finished, 75 the job was told to stop and has saved, 76 no progress, else as the first process
+       that failed
 """
 
 import os
@@ -14,9 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 PREEMPTED = 75  # ldm_scale.core.runtime.PREEMPTED_EXIT_CODE, without the seconds that importing torch takes
+NO_PROGRESS = 76
+ATTEMPTS = 3
+WORK = {"train.py": ("run_dir=", "complete.json"), "precompute_latents.py": ("data.latents=", "*.done.json")}
+"""What names the place of a job's work, and what its finished pieces are called."""
 PATIENCE_S = 60.0
 """After one process failed the others end by themselves within a minute, with the reason, if they ever met."""
 
@@ -24,6 +33,9 @@ PATIENCE_S = 60.0
 def main(command: Sequence[str]) -> int:
     """Start the processes, hand signals on, wait; returns the exit code."""
     hosts, host, processes = (int(os.environ[name]) for name in ("HOSTS", "HOST", "PROCESSES"))
+    if host == 0 and (why := barren(command)):
+        print(why, file=sys.stderr)
+        return NO_PROGRESS
     world = {"WORLD_SIZE": str(hosts * processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": "29500"}
     children: list[subprocess.Popen[bytes]] = []
     told = []
@@ -47,6 +59,23 @@ def main(command: Sequence[str]) -> int:
             for child in children:
                 child.kill()
     return failed or max(_code(child, told) for child in children)
+
+
+def barren(command: Sequence[str]) -> str:
+    """Why not to begin again; else empty, and one attempt more is on record."""
+    key, piece = WORK.get(command[0], ("", ""))
+    place = next((text.removeprefix(key) for text in reversed(command) if key and text.startswith(key)), "")
+    if not place:
+        return ""
+    begun, finished = Path(f"{place}.begun"), str(sorted(str(file) for file in Path(place).rglob(piece)))
+    before = begun.read_text().splitlines() if begun.exists() and os.environ["RESTARTS"] != "0" else []
+    if before[-ATTEMPTS:] == [finished] * ATTEMPTS:
+        return (
+            f"{ATTEMPTS} attempts in a row left nothing new in {place}: look into their logs, then apply the job again"
+        )
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text("\n".join([*before[1 - ATTEMPTS :], finished]))
+    return ""
 
 
 def _code(child: "subprocess.Popen[bytes]", told: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from ldm_scale.training.checkpoint_files import complete_ones
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "launchers" / "k8s"
+sys.path.insert(0, str(K8S))
+pod_script = import_module("pod")
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
-ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")  # JobSet 0.6 and later
+ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
 
 Manifest = dict[str, Any]
 
@@ -92,18 +95,31 @@ def test_a_misspelt_field_does_not_pass():
         kubernetes_validate.validate(job, "1.30", strict=True)
 
 
-def test_preempted_starts_again_and_everything_else_is_a_failure():
-    """By the words of the two interfaces: a rule's FailJob gives the Job this reason, and JobSet's rule reads it."""
+def test_preempted_starts_again_refused_does_not_and_everything_else_is_a_failure():
+    """By the words of the two interfaces: a rule's FailJob gives the Job reason and message, and JobSet reads both."""
     manifest = rendered("txt2img")
     job = job_of(manifest)
     rules = job["podFailurePolicy"]["rules"]
     assert [rule["action"] for rule in rules] == ["FailJob", "FailJob"]
     codes, conditions = rules[0]["onExitCodes"], rules[1]["onPodConditions"]
-    assert (codes["operator"], codes["values"]) == ("In", [runtime.PREEMPTED_EXIT_CODE])
+    refused, preempted, stuck = config.REFUSED_EXIT_CODE, runtime.PREEMPTED_EXIT_CODE, pod_script.NO_PROGRESS
+    assert (codes["operator"], codes["values"]) == ("In", [refused, preempted, stuck])
     assert codes["containerName"] == container(manifest)["name"]
     assert conditions == [{"type": "DisruptionTarget", "status": "True"}]
-    (rule,) = manifest["spec"]["failurePolicy"]["rules"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+    def action(happened: str) -> str:
+        message = f"{happened} matching FailJob rule at index 0"  # the Job controller's, Kubernetes 1.26 and later
+        rules = manifest["spec"]["failurePolicy"]["rules"]
+        assert all(rule["onJobFailureReasons"] == ["PodFailurePolicy"] for rule in rules)
+        return next(
+            rule["action"] for rule in rules
+            if any(re.search(one, message) for one in rule.get("onJobFailureMessagePatterns", [""]))
+        )  # fmt: skip
+
+    ends = {code: action(f"Container job for pod default/a-0 failed with exit code {code}") for code in codes["values"]}
+    again = "RestartJobSetAndIgnoreMaxRestarts"
+    assert ends == {refused: "FailJobSet", preempted: again, stuck: "FailJobSet"}
+    assert action("Pod default/a-2-76 has condition DisruptionTarget") == again
     assert job["backoffLimit"] == 0  # any other exit: BackoffLimitExceeded, which counts towards maxRestarts
 
 
@@ -130,7 +146,8 @@ def test_the_arguments_are_a_job(overlay: str):
 def pod(host: int, hosts: int, *arguments: str, processes: int, **more: str) -> subprocess.Popen[str]:
     """The manifest's command with its environment, as the first JobSet host on this machine."""
     manifest = container(rendered("toy"))
-    told = {"HOSTS": str(hosts), "HOST": str(host), "MASTER_ADDR": "127.0.0.1", "LDM_LOCAL": more.pop("local", "/tmp")}
+    told = {"HOSTS": str(hosts), "HOST": str(host), "RESTARTS": more.pop("restarts", "0")}
+    told |= {"MASTER_ADDR": "127.0.0.1", "LDM_LOCAL": more.pop("local", "/tmp")}
     assert {*told} | {"WANDB_API_KEY"} == {variable["name"] for variable in manifest["env"]}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
@@ -181,6 +198,29 @@ def test_processes_that_wait_for_a_failed_one_are_ended(tmp_path: Path):
     place = {"HOSTS": "1", "HOST": "0", "PROCESSES": "2", "PYTHONPATH": str(K8S)}
     ended = subprocess.run([sys.executable, "-c", code, str(child)], env={**os.environ, **place}, timeout=30)
     assert ended.returncode == 3
+
+
+def test_three_attempts_without_progress_are_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Preempted, drained or failed; what is begun by a person counts anew."""
+    run = RunDir(tmp_path / "run")
+
+    def attempts(*counts: int) -> list[bool]:
+        said = []
+        for count in counts:
+            monkeypatch.setenv("RESTARTS", str(count))
+            said.append(bool(pod_script.barren(["train.py", "name=a", f"run_dir={run.path}"])))
+        return said
+
+    assert attempts(0, 1, 2, 3, 4) == [False, False, False, True, True]
+    assert attempts(0, 1, 2) == [False] * 3
+    (run.checkpoints / "images_000000000008").mkdir(parents=True)
+    (run.checkpoints / "images_000000000008" / "complete.json").touch()
+    assert attempts(3, 4, 5, 6) == [False, False, False, True]
+    assert pod_script.barren(["sample.py", f"run_dir={run.path}"]) == ""
+    last = pod(0, 1, "train.py", f"run_dir={run.path}", processes=1, restarts="7", local=str(tmp_path))
+    assert (
+        last.wait(timeout=60) == pod_script.NO_PROGRESS and f"left nothing new in {run.path}" in last.communicate()[0]
+    )
 
 
 def test_told_to_stop_before_python_listens_is_preempted_too(tmp_path: Path):
