@@ -9,8 +9,9 @@ on meanwhile.
 A row of W&B is everything of one `images_seen`, and that is its number. So W&B itself says how far it got: a relay that
 was killed asks for the last row and goes on behind it, nothing twice and nothing left out. A row is sent when a later
 one has begun, or the training runs no more: until then it may still get a score or a picture. W&B takes no row back; so
-after a rollback, or a resume from before the last row, new ones come where training is beyond it. Events are counted:
-`events/resume` is 2 in the first row after the second resume.
+after a rollback, or a resume from before the last row, new ones come where training is beyond it. A training that was
+stopped in the middle of an evaluation makes up for it when it goes on: those scores are a row behind their own, of the
+same images seen. Events are counted: `events/resume` is 2 in the first row after the second resume.
 
 Scores made beside the training (`evaluate.py watch=RUN`) come when rows of later images are sent already. Each line of
 theirs is a row of its own: its images seen on the axis, and the next free number, of which a global batch leaves many.
@@ -24,6 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,7 +37,7 @@ from PIL import Image
 
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir, State
-from ldm_scale.tracking.alerts import Alert
+from ldm_scale.tracking.alerts import QUIET_S, Alert
 from ldm_scale.tracking.artifacts import Artifacts, send_artifacts, staged_in
 from ldm_scale.tracking.samples_table import newest_samples, samples_table
 from ldm_scale.tracking.tracker import CAPTION_KEY
@@ -106,6 +108,7 @@ class Relay:
                 "WANDB_MODE=offline for files that wandb sync uploads"
             )
         self._run_dir, self._folder = run_dir, run_dir.path / "relay"
+        self._cut = self._folder / "cut.json"  # images seen and names of the last row of a run that trained no more
         before = _summary(self._folder / "wandb") if offline else {}
         self._run = Place.of(config).open(run_dir, "offline" if offline else "online", config, folder=self._folder)
         self._run.define_metric(_BESIDE, hidden=True)
@@ -124,15 +127,12 @@ class Relay:
 
     def forward(self, *, whole: bool) -> int:
         """Send what is there (see `rows_behind`); returns how many rows."""
-        import wandb
-
-        sent = 0
+        sent = self._forward_late(whole=whole)
         for row in rows_behind(self._run_dir, self._last, whole=whole):
-            shown = {}
-            for name, path in row.pictures.items():
-                with suppress(FileNotFoundError), Image.open(path) as picture:  # training has just gone back
-                    shown[name] = wandb.Image(picture, caption=str(picture.info.get(CAPTION_KEY, "")), file_type="png")
-            self._send(row.images_seen, {**row.values, **shown}, number=row.images_seen)
+            shown = _shown(row)
+            if whole:
+                storage.write_json(self._cut, [row.images_seen, [*shown]])
+            self._send(row.images_seen, shown, number=row.images_seen)
             self.images, sent = row.images_seen, sent + 1
         if self.images >= 0:
             sent += self._forward_scores(whole=whole)
@@ -153,6 +153,24 @@ class Relay:
         self._rows.send(self._run, images_seen, values, number=number)
         self._last = number
 
+    def _forward_late(self, *, whole: bool) -> int:
+        """Send what came, after all, to the last row of a training that had stopped; returns how many rows."""
+        if not self._cut.exists():
+            return 0
+        images_seen, names = storage.read_json(self._cut)
+        row = next(rows_behind(self._run_dir, images_seen - 1, whole=whole), None)
+        if row is None:
+            return 0  # still the newest
+        shown = _shown(row) if row.images_seen == images_seen else {}
+        late = {name: shown[name] for name in shown.keys() - set(names) if not name.startswith("events/")}
+        if whole:
+            storage.write_json(self._cut, [images_seen, [*names, *late]])
+        else:
+            self._cut.unlink()
+        if late:
+            self._send(images_seen, late, number=self._last + 1)
+        return int(bool(late))
+
     def _forward_scores(self, *, whole: bool) -> int:
         """Send scores made beside the training, as many as numbers are free before its next row; returns how many."""
         lines = self._scores()[self._beside :]
@@ -167,15 +185,26 @@ class Relay:
         return self._run_dir.read_lines(self._run_dir.watched)
 
     def _forward_alerts(self) -> None:
-        """Send those that no relay has sent yet."""
+        """Send those that no relay has sent yet, and that are not old news."""
         mark = self._folder / "alerts_sent"
         before = int(mark.read_text()) if mark.exists() else 0
         alerts = self._run_dir.read_lines(self._run_dir.alerts)
-        for line in alerts[before:]:
-            send_alert(self._run, self._run_dir, Alert(line["alert"], line["level"], line["text"]))
-        if len(alerts) > before:
+        for number, line in enumerate(alerts[before:], before + 1):
             with storage.atomic_write(mark) as file:
-                file.write(str(len(alerts)).encode())
+                file.write(str(number).encode())
+            if time.time() - line["time"] < QUIET_S:
+                send_alert(self._run, self._run_dir, Alert(line["alert"], line["level"], line["text"]))
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    """What W&B is sent of a row: numbers and pictures by name."""
+    import wandb
+
+    shown: dict[str, Any] = {**row.values}
+    for name, path in row.pictures.items():
+        with suppress(FileNotFoundError), Image.open(path) as picture:  # training has just gone back
+            shown[name] = wandb.Image(picture, caption=str(picture.info.get(CAPTION_KEY, "")), file_type="png")
+    return shown
 
 
 def _summary(folder: Path) -> dict[str, Any]:

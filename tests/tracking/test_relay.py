@@ -201,6 +201,8 @@ def test_no_alert_is_forwarded_twice(tmp_path: Path) -> None:
             sent.append((title.split(":")[0], text, level))
 
     (tmp_path / "relay").mkdir()
+    old = {"time": time.time() - 3600, "alert": "save_failed", "level": "error", "text": "yesterday's"}
+    run_dir.alerts.write_text(json.dumps(old) + "\n")
     for reason in ("quota", "disk"):
         JsonLines(run_dir).event(8, "save_failed", reason=reason)
         for _ in range(2):  # relays
@@ -208,4 +210,37 @@ def test_no_alert_is_forwarded_twice(tmp_path: Path) -> None:
             one._run_dir, one._folder, one._run = run_dir, tmp_path / "relay", Online()
             one._forward_alerts()
     assert [text.split(": ")[1] for _, text, _ in sent] == ["quota", "disk"]
-    assert json.loads((tmp_path / "relay" / "alerts_sent").read_text()) == 2
+    assert json.loads((tmp_path / "relay" / "alerts_sent").read_text()) == 3
+
+
+def test_scores_that_a_stopped_training_makes_up_for_are_sent(tmp_path: Path) -> None:
+    run_dir, tracker, sent = RunDir(tmp_path), JsonLines(RunDir(tmp_path)), []
+
+    def relayed(*, whole: bool) -> list[Any]:
+        one = object.__new__(relay.Relay)
+        one._run_dir, one._folder, one._cut, one._beside = run_dir, tmp_path / "relay", tmp_path / "cut.json", 0
+        one._last = one.images = max((number for *_, number in sent), default=-1)
+        one._global_batch, before = 10, len(sent)
+
+        def send(images_seen: int, values: dict[str, Any], *, number: int) -> None:
+            sent.append((images_seen, sorted(values), number))
+            one._last = number
+
+        one._send, one._forward_alerts = send, lambda: None  # type: ignore[method-assign]
+        one.forward(whole=whole)
+        return sent[before:]
+
+    tracker.log(10, {"train/loss": 1.0})
+    tracker.log(20, {"train/loss": 1.0, "val/loss": 1.0})
+    tracker.event(20, "preempted")
+    assert [number for *_, number in relayed(whole=True)] == [10, 20]
+    tracker.event(20, "resume")
+    tracker.log(20, {"eval/fd": 1.0})
+    assert relayed(whole=False) == []
+    tracker.images(20, "grid", np.zeros((2, 2, 3), np.uint8), "")
+    tracker.log(30, {"train/loss": 1.0})
+    assert relayed(whole=True) == [
+        (20, ["eval/fd", "samples/grid"], 21),
+        (30, ["events/preempted", "events/resume", "train/loss"], 30),
+    ]
+    assert relayed(whole=True) == relayed(whole=False) == []
