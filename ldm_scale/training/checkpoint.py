@@ -16,19 +16,20 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm_scale.core import runtime, storage, weights
 from ldm_scale.training.checkpoint_files import (
     COMPLETE,
     FORMAT,
+    HELD,
     WEIGHT,
     CheckpointError,
     Reader,
+    agreed,
     complete_ones,
     damage,
     images_of,
@@ -43,8 +44,6 @@ _SHOWN = 10
 _TRIES = 10  # within `max_unsaved_minutes`
 _LEAVE_S = 20.0  # that `close` lets a save go on: less than the minute after which a job must have ended
 _PACKAGES = ("ldm_scale", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
-
-Result = TypeVar("Result")
 
 
 class Checkpoints:
@@ -87,6 +86,7 @@ class Checkpoints:
         self._on_damaged, self._on_failed = on_damaged, on_failed
         self._saving: Save | None = None
         self._state: dict[str, Any] = {}
+        self._stop_s = 0.0
         self._host: Tensor | None = None
         self._held, self._held_since = 0, time.monotonic()
         self._save_s: float | None = None
@@ -98,18 +98,19 @@ class Checkpoints:
     def path(self, images_seen: int) -> Path:
         return self._directory / f"images_{images_seen:012d}"
 
-    def save(self, state: dict[str, Any]) -> Path:
+    def save(self, state: dict[str, Any], *, stop_s: float = 0.0) -> Path:
         """Copy what is saved to host memory, and write it in the background; then delete what the policy does not keep.
 
         One save at a time: waits for the one before it. One that fails leaves every checkpoint as it is, is told to
         `on_failed`, and asks for the next one by `poll`.
 
         state    JSON values; `images_seen` names the checkpoint
+        stop_s   seconds that pass between a signal and the last save
         returns  where it will be
         raises   CheckpointError on every rank where saves have failed for `max_unsaved_minutes`
         """
         self._settle(wait=True)
-        self._state = copy.deepcopy(state)
+        self._state, self._stop_s = copy.deepcopy(state), stop_s
         self._begin()
         return self.path(state["images_seen"])
 
@@ -163,7 +164,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint whose every byte is as written; None where there is none. Damaged ones are reported."""
         self._settle(wait=True)
-        for path in _agreed(self._recovered, main_only=True)[0] or []:
+        for path in agreed(self._recovered, main_only=True)[0] or []:
             reason = damage(path)
             if reason is None:
                 self._sound.add(path)
@@ -230,7 +231,7 @@ class Checkpoints:
             return newer
 
         self._settle(wait=True)  # one more that is newer, perhaps
-        return _agreed(rename, main_only=True)[0] or []
+        return agreed(rename, main_only=True)[0] or []
 
     def _averages(self) -> dict[str, list[Tensor]]:
         return {f"ema/{half_life}": shadow for half_life, shadow in self._ema.shadows.items()}
@@ -252,7 +253,7 @@ class Checkpoints:
         """Copy and start to write; a failure counts as one of the save."""
         final, self._tried = self.path(self._state["images_seen"]), time.monotonic()
         try:
-            temporary = _agreed(lambda: self._make_room(final), main_only=True)[0]
+            temporary = agreed(lambda: self._make_room(final), main_only=True)[0]
         except CheckpointError as error:
             self._failed(final, str(error))
         else:
@@ -269,7 +270,7 @@ class Checkpoints:
             elif outcomes[0] is not None:  # rank 0 is done when all are
                 self._saving = self._failing_since = None
                 self._held, self._held_since, self._save_s = images_of(saving.final), saving.began, saving.seconds
-                if shortage := _grace_lacking(saving.seconds):
+                if shortage := _grace_lacking(saving.seconds, self._stop_s):
                     log.warning("%s. The next launch is refused", shortage)
                 self._damaged.discard(saving.final)
                 self._sound.add(saving.final)
@@ -329,6 +330,7 @@ class Checkpoints:
             "images_seen": self._state["images_seen"],
             "step": self._masters.step,
             "state": self._state,
+            "stop_s": self._stop_s,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "kinds": [kind for _, kinds, _ in saved for kind in kinds],
             "parameters": {name: list(shape) for name, shape in self._masters.shapes.items()},
@@ -358,7 +360,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Rank 0: delete what the policy does not keep; a damaged one counts as none, and stays."""
         complete = [path for path in complete_ones(self._directory) if path not in self._damaged]
-        kept = set(complete[: self._keep_last])
+        kept = set(complete[: self._keep_last]) | {path for path in complete if (path / HELD).exists()}
         if self._keep_every:
             first_of: dict[int, Path] = {}
             for path in complete:  # newest first, so the oldest of each stretch stays in the dictionary
@@ -383,18 +385,20 @@ def require_grace(directory: Path) -> None:
     """
     for path in complete_ones(directory)[:1]:
         with suppress(OSError, json.JSONDecodeError):  # damaged: `latest` passes over it, and says so
-            if shortage := _grace_lacking(storage.read_json(path / COMPLETE).get("save_s", 0.0)):
+            meta = storage.read_json(path / COMPLETE)
+            if shortage := _grace_lacking(meta.get("save_s", 0.0), meta.get("stop_s", 0.0)):
                 raise ValueError(shortage)
 
 
-def _grace_lacking(save_s: float) -> str:
-    """What to change where there is not time for two saves, one under way and the last; empty where there is."""
-    grace, wanted = runtime.grace_s(), math.ceil(2 * save_s)
+def _grace_lacking(save_s: float, stop_s: float) -> str:
+    """What to change where there is no time to stop, and for two saves, one under way and the last; else empty."""
+    grace, wanted = runtime.grace_s(), math.ceil(2 * save_s + stop_s)
     if wanted <= grace:
         return ""
     return (
         f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace:g}: the last save took {save_s:.0f} s, and a training that is told to "
-        f"stop may have two to finish: launch with {wanted} seconds or more, or by launchers/*.sh, which give 120"
+        f"stop may have two to finish, after steps of {stop_s:.0f} s: launch with {wanted} seconds or more, or by "
+        "launchers/*.sh, which give 120"
     )
 
 
@@ -407,16 +411,3 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to a module's state, by name."""
     saved = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}
-
-
-def _agreed(work: Callable[[], Result], *, main_only: bool = False) -> list[Any]:
-    """Do `work` on every rank, or on rank 0; all results by rank, or CheckpointError everywhere if one rank failed."""
-    result, failure = None, ""
-    try:
-        result = work() if runtime.is_main() or not main_only else None
-    except (OSError, SafetensorError) as error:
-        failure = f"rank {runtime.rank()}: {error}"
-    outcomes = runtime.gathered((result, failure))
-    if failures := [message for _, message in outcomes if message]:
-        raise CheckpointError("; ".join(failures[:_SHOWN]))
-    return [outcome for outcome, _ in outcomes]

@@ -12,14 +12,14 @@ Kinds: `weight`, `exp_avg`, `exp_avg_sq` and `ema/{half_life}`; `NAME/weight` an
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_scale.core import runtime, storage, weights
@@ -29,8 +29,12 @@ log = runtime.logger(__name__)
 
 FORMAT = 1
 COMPLETE, BUFFERS, WEIGHT = "complete.json", "buffers.safetensors", "weight"
+HELD = "held"
+"""A file beside these, put there by who reads a checkpoint for long: the policy deletes none that has it."""
 _NAME = re.compile(r"images_\d{12}")
 _SHOWN = 10
+
+Result = TypeVar("Result")
 
 
 class CheckpointError(RuntimeError):
@@ -175,3 +179,16 @@ class Reader:
         if name not in self._open:
             self._open[name] = safe_open(self.path / name, "pt")
         return self._open[name]
+
+
+def agreed(work: Callable[[], Result], *, main_only: bool = False) -> list[Any]:
+    """Do `work` on every rank, or on rank 0; all results by rank, or CheckpointError everywhere if one rank failed."""
+    result, failure = None, ""
+    try:
+        result = work() if runtime.is_main() or not main_only else None
+    except (OSError, SafetensorError) as error:
+        failure = f"rank {runtime.rank()}: {error}"
+    outcomes = runtime.gathered((result, failure))
+    if failures := [message for _, message in outcomes if message]:
+        raise CheckpointError("; ".join(failures[:_SHOWN]))
+    return [outcome for outcome, _ in outcomes]

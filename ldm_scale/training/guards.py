@@ -2,8 +2,9 @@
 
 Each global batch leaves a few numbers on the device: loss, gradient norm, how many ranks were told to stop, and what a
 person asks for. They are summed over ranks there, copied to pinned memory, and read a few global batches later: at once
-on a CPU, and whenever the loop waits for the device anyway, so that nothing is saved, scored or logged unjudged. All
-ranks read the same numbers at the same place; so they judge alike and act together without asking one another.
+on a CPU, where the only process is told to stop, and whenever the loop waits for the device anyway, so that nothing is
+saved, scored or logged unjudged. All ranks read the same numbers at the same place; so they judge alike and act
+together without asking one another.
 
 An engine moves no weights where the gradient norm is not finite; what is done besides is a policy.
 
@@ -32,7 +33,8 @@ from ldm_scale.training.engine import Engine
 from ldm_scale.training.steps import Metrics
 
 LATE = 4
-"""Global batches after which a GPU's numbers are read; they have arrived long before."""
+"""Optimizer steps of one micro batch after which a GPU's numbers are read, and at least one global batch: so much the
+host may run ahead, which long global batches need less."""
 WORST = 4
 """Samples that every rank names."""
 
@@ -174,7 +176,8 @@ class Guard:
         self._engine = engine
         self._passed_over = [(int(begin), int(end)) for begin, end in passed_over]
         on_gpu = engine.device.type == "cuda"
-        self._numbers = _Numbers(engine, late if late is not None else LATE if on_gpu else 0)
+        self._late = late if late is not None else max(1, LATE // engine.accumulation) if on_gpu else 0
+        self._numbers = _Numbers(engine, self._late)
         self._usual = {"loss": Usual(), "gradient norm": Usual()}
         self._in_a_row, self._last_trouble, self._beyond = 0, -1, False
         self._clipped, self._steps = 0, 0
@@ -182,6 +185,14 @@ class Guard:
         self._micro_batches: list[tuple[list[str], Tensor]] = []
         self._samples: dict[int, list[tuple[list[str], Tensor]]] = {}
         engine.module.register_forward_hook(self._see)
+
+    @property
+    def steps_to_stop(self) -> int:
+        """Global batches that the device may have to do between a signal and the last save.
+
+        The host is so far ahead when it votes, hears of that as much later, and then waits for all that it has begun.
+        """
+        return 2 * self._late + 1
 
     def passes_over(self, start: int) -> bool:
         """Whether the global batch that begins here is read only."""
@@ -213,7 +224,7 @@ class Guard:
         self._samples[start], self._micro_batches = self._micro_batches, []
         loss, norm = (None, None) if metrics is None else (metrics["train/loss"], metrics["train/grad_norm"])
         self._numbers.send(start, loss, norm, told_to_stop, asked)
-        arrived = list(self._numbers.arrived(at_once))
+        arrived = list(self._numbers.arrived(at_once or (told_to_stop and self._engine.world == 1)))
         stop = any(numbers.votes > 0 for numbers in arrived)
         arrived += self._numbers.arrived(stop)  # nothing is saved unjudged
         wishes = reduce(or_, (numbers.asked for numbers in arrived), NOTHING)

@@ -260,5 +260,5 @@ def _save(run: Run) -> None:
             "guard": run.guard.state(),
             "step": run.step.state(),
         }
-        run.checkpoints.save({**own, **run.state})
+        run.checkpoints.save({**own, **run.state}, stop_s=run.guard.steps_to_stop * run.meter.step_s)
     run.guard.saved()

@@ -93,6 +93,8 @@ class Meter:
         engine.mark = self.mark
         self.straggler: Straggler | None = None
         """Found by the last reading."""
+        self.step_s = 0.0
+        """Seconds of a step, by the last reading; 0 before the first."""
         self.restart()
 
     def restart(self) -> None:
@@ -113,13 +115,13 @@ class Meter:
         if self._waits_within:
             split["forward_backward"] += split.pop("communication")
         seconds, steps = sum(split.values()), max(self._steps, 1)
-        rate = self._images / seconds
+        rate, self.step_s = self._images / seconds, seconds / steps
         self._images, self._steps = 0, 0
         return {
             "perf/images_per_s": rate,
             "perf/images_per_s_per_gpu": rate / self._world,
             "perf/mfu": rate / self._world * self._flops_per_image / self._peak,
-            "perf/step_ms": 1e3 * seconds / steps,
+            "perf/step_ms": 1e3 * self.step_s,
             **{f"perf/split_{part}": share / seconds for part, share in split.items()},
             **self._of_ranks(split, seconds, steps),
             **self.ledger.shares(time.time()),

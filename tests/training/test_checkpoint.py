@@ -15,7 +15,7 @@ import torch
 from ldm_scale.core import storage
 from ldm_scale.training import checkpoint_writer
 from ldm_scale.training.checkpoint import Checkpoints, require_grace
-from ldm_scale.training.checkpoint_files import CheckpointError, find, read_consolidated
+from ldm_scale.training.checkpoint_files import HELD, CheckpointError, damage, find, read_consolidated
 
 
 @pytest.fixture
@@ -92,6 +92,11 @@ def test_a_launcher_that_would_kill_a_save_is_refused(training, monkeypatch, cap
         require_grace(path.parent)
     training.save()
     assert "The next launch is refused" in caplog.text
+    training.checkpoints.save({"images_seen": 8}, stop_s=100.0)
+    training.checkpoints.drain()
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
+    with pytest.raises(ValueError, match=r"after steps of 100 s: launch with 10\d seconds"):
+        require_grace(path.parent)
     (path / "complete.json").write_text("{")
     require_grace(path.parent)
 
@@ -216,6 +221,20 @@ def test_policy_keeps_the_last_and_every_so_many_images(keep_last, keep_every, k
         checkpoints.save({"images_seen": images_seen})
     checkpoints.drain()
     assert names(training) == kept
+
+
+def test_the_policy_keeps_what_somebody_reads(training):
+    checkpoints = policy(training, keep_last=1)
+    for images_seen in range(8, 40, 8):
+        checkpoints.save({"images_seen": images_seen})
+        checkpoints.drain()
+        if images_seen == 16:
+            (checkpoints.path(16) / HELD).touch()
+    assert names(training) == [16, 32] and damage(checkpoints.path(16)) is None
+    (checkpoints.path(16) / HELD).unlink()
+    checkpoints.save({"images_seen": 40})
+    checkpoints.drain()
+    assert names(training) == [40]
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(training):

@@ -112,6 +112,14 @@ def test_without_a_checkpoint_there_is_no_way_back(engine: Any, tmp_path: Path) 
     assert "finds no checkpoint of 0 images or fewer" in found["how"]
 
 
+def test_what_is_read_late_is_heard_of_in_time(engine: Any) -> None:
+    """A process that is alone need ask nobody whether to stop; of many, a launch must give all that are under way."""
+    guard = Guard(GuardConfig(), engine, late=3)
+    assert not guard.hear(0, None, told_to_stop=False, at_once=False).stop
+    assert guard.hear(8, None, told_to_stop=True, at_once=False).stop
+    assert (guard.steps_to_stop, Guard(GuardConfig(), engine, late=0).steps_to_stop) == (7, 1)
+
+
 class AllBad(guarded.Source):
     def read(self, positions: np.ndarray, **how: Any) -> guarded.Batch:
         batch = super().read(positions, **how)
