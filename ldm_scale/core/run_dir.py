@@ -68,6 +68,11 @@ class RunDir:
         return self.path / ".told"
 
     @property
+    def claims(self) -> Path:
+        """Which process trains here, and which one watches (jobs/lease.py)."""
+        return self.path / "claims"
+
+    @property
     def control(self) -> Path:
         """Where a person touches `save`, `sample` or `stop`."""
         return self.path / "control"
@@ -122,14 +127,22 @@ class RunDir:
                     values.append(json.loads(line))
         return values
 
+    def read_watched(self) -> list[dict[str, Any]]:
+        """Evaluations made beside the training, but for those of weights that it has gone back from since."""
+        back = [line for line in self.read_lines(self.events) if line["event"] in ("start", "resume", "rollback")]
+        return [
+            line
+            for line in self.read_lines(self.watched)
+            if not any(one["time"] > line["time"] and one["images_seen"] < line["images_seen"] for one in back)
+        ]
+
     def read_events(self) -> list[dict[str, Any]]:
         """What happened, in the training and beside it, in the order of time."""
-        return sorted(self.read_lines(self.events) + self.read_lines(self.watched), key=lambda line: line["time"])
+        return sorted(self.read_lines(self.events) + self.read_watched(), key=lambda line: line["time"])
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every number, of the training and of evaluations beside it, by images seen."""
         beside = [
-            {"images_seen": line["images_seen"], "time": line["time"], **line["scores"]}
-            for line in self.read_lines(self.watched)
+            {"images_seen": line["images_seen"], "time": line["time"], **line["scores"]} for line in self.read_watched()
         ]
         return sorted(self.read_lines(self.metrics) + beside, key=lambda line: line["images_seen"])

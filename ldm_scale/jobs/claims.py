@@ -49,7 +49,20 @@ class Claims:
 
     def holds(self, name: str) -> bool:
         """Whether `name` is still this process's, and was not taken over while it seemed dead."""
-        return name in self._held and self._owner(name).get("owner") == self.owner
+        return name in self._held and self.said(name).get("owner") == self.owner
+
+    def said(self, name: str) -> dict[str, Any]:
+        """What the claim of `name` says of its owner; nothing where it is gone, or its owner died while writing it."""
+        try:
+            said: dict[str, Any] = json.loads(self._path(name).read_bytes())
+            return said
+        except (OSError, ValueError):
+            return {}
+
+    def lives(self, name: str) -> bool | None:
+        """Whether the owner of `name` is a living process; None where it is none of this host's, so only beats tell."""
+        said = self.said(name)
+        return _is_alive(said["pid"], said["began"]) if here().items() <= said.items() else None
 
     def release(self, name: str) -> None:
         """Give `name` back."""
@@ -88,23 +101,15 @@ class Claims:
             descriptor = os.open(self._path(name), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        said = {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        pid = os.getpid()
+        said = {"owner": self.owner, **here(), "pid": pid, "began": _began(pid), "time": time.time()}
         with os.fdopen(descriptor, "wb") as file:
             file.write(storage.canonical_json(said))
         return True
 
-    def _owner(self, name: str) -> dict[str, Any]:
-        """What a claim says; nothing where it is gone or its owner died while writing it."""
-        try:
-            said: dict[str, Any] = json.loads(self._path(name).read_bytes())
-            return said
-        except (OSError, ValueError):
-            return {}
-
     def _is_stale(self, name: str) -> bool:
         """Judged by this process's own clock from when it first saw the last sign of life: clocks of hosts differ."""
-        owner = self._owner(name)
-        if owner.get("host") == socket.gethostname() and not _is_alive(owner["pid"]):
+        if self.lives(name) is False:
             return True
         try:
             beat = self._path(name).stat().st_mtime_ns
@@ -124,11 +129,27 @@ class Claims:
                         os.utime(self._path(name))
 
 
-def _is_alive(pid: int) -> bool:
+def here() -> dict[str, str]:
+    """Where a process number means one process: a host, and of it this boot and this container."""
+    kernel = ""
+    with suppress(OSError):  # another system than Linux
+        kernel = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return {"host": socket.gethostname(), "kernel": kernel}
+
+
+def _is_alive(pid: int, began: str) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
         return True
-    return True
+    return _began(pid) == began
+
+
+def _began(pid: int) -> str:
+    """When a process began, in ticks of its kernel; empty where it ended, or the system does not tell."""
+    with suppress(OSError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else rest[18]  # a zombie has ended; proc(5): the 22nd field
+    return ""

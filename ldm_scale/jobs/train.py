@@ -16,6 +16,7 @@ from ldm_scale.core.secrets import without_secrets
 from ldm_scale.data.loader import Loader
 from ldm_scale.jobs import branch, identity, repro, summary
 from ldm_scale.jobs import config as jobs_config
+from ldm_scale.jobs.lease import Lease
 from ldm_scale.jobs.looks import Looks
 from ldm_scale.jobs.schemas.train import TrainJob
 from ldm_scale.jobs.stages import Stage, stage_of
@@ -47,6 +48,8 @@ class _Launch:
     changed: identity.Changes
     """Since the launch before."""
     run_dir: RunDir
+    lease: Lease
+    """Of the run directory, which nothing is written to before it is held."""
     tracker: Tracker
     preemption: runtime.Preemption
     startup: Startup
@@ -72,11 +75,15 @@ def run(job: TrainJob) -> None:
         log.info("%s is finished: nothing to train. A new run: name=ANOTHER_NAME", run_dir.path)
         return
     tracker: Tracker = job.tracker.build(run_dir) if runtime.is_main() else Silent()
-    with contextlib.ExitStack() as at_end, _status_kept(run_dir, tracker, startup):
+    with (
+        Lease(run_dir, "training") as lease,
+        contextlib.ExitStack() as at_end,
+        _status_kept(run_dir, lease, tracker, startup),
+    ):
         outcome = _train(
             _Launch(
-                job=job, plain=plain, changed=changed, run_dir=run_dir, tracker=tracker, preemption=preemption,
-                startup=startup, at_end=at_end,
+                job=job, plain=plain, changed=changed, run_dir=run_dir, lease=lease, tracker=tracker,
+                preemption=preemption, startup=startup, at_end=at_end,
             )
         )  # fmt: skip
     if outcome != "finished":
@@ -84,17 +91,19 @@ def run(job: TrainJob) -> None:
 
 
 def _train(launch: _Launch) -> Outcome:
-    job, run_dir = launch.job, launch.run_dir
+    job, run_dir, lease = launch.job, launch.run_dir, launch.lease
     checkpoint.require_grace(run_dir.checkpoints)
     parent = None if checkpoint_files.complete_ones(run_dir.checkpoints) else branch.parent_of(job)
     engine = job.engine.build(global_batch=job.global_batch, micro_batch=job.micro_batch, batch_fit=job.batch_fit)
+    if not lease.wait(launch.preemption):
+        return "preempted"
     if runtime.is_main():
         run_dir.told.unlink(missing_ok=True)  # before any rank can be lost to the watchdog
     watchdog = Watchdog(
         run_dir.path / "stacks",
         minutes=job.guard.watchdog_minutes,
         phase_minutes=job.guard.phase_minutes,
-        on_end=lambda reason: _ended(job, run_dir, launch.tracker, reason),
+        on_end=lambda reason: _ended(job, run_dir, lease, launch.tracker, reason),
     )
     launch.startup.mark("process_group")
     try:
@@ -224,7 +233,8 @@ def _assemble(
         flops_per_image=stage.flops_per_image(),
         peak=peak_flops(engine.device, engine.compute_dtype),
     )
-    guard = Guard(job.guard, engine, passed_over(run_dir.read_lines(run_dir.events)))
+    left_out = runtime.gathered(passed_over(run_dir.read_lines(run_dir.events)))[0]  # files may reach hosts late
+    guard = Guard(job.guard, engine, left_out)
     step = stage.step(engine, ema)
     if state is not None:
         guard.resume(state)
@@ -297,7 +307,7 @@ def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:
 
 
 @contextlib.contextmanager
-def _status_kept(run_dir: RunDir, tracker: Tracker, startup: Startup) -> Iterator[None]:
+def _status_kept(run_dir: RunDir, lease: Lease, tracker: Tracker, startup: Startup) -> Iterator[None]:
     """Tell that it failed, and the reason, where training ends by an error.
 
     exits  1 after the first step, with a traceback: whatever it is, an error there is no refusal
@@ -305,7 +315,7 @@ def _status_kept(run_dir: RunDir, tracker: Tracker, startup: Startup) -> Iterato
     try:
         yield
     except Exception as error:
-        if runtime.is_main() and run_dir.path.exists():
+        if lease.has_run:
             reason = "".join(traceback.format_exception_only(error)).strip()
             write_failed(run_dir, tracker, reason)
             tracker.finish("failed")
@@ -315,10 +325,11 @@ def _status_kept(run_dir: RunDir, tracker: Tracker, startup: Startup) -> Iterato
         raise
 
 
-def _ended(job: TrainJob, run_dir: RunDir, tracker: Tracker, reason: str) -> None:
+def _ended(job: TrainJob, run_dir: RunDir, lease: Lease, tracker: Tracker, reason: str) -> None:
     """For the watchdog: tell that training failed, on rank 0, or where that is lost on whichever comes first."""
     if runtime.is_main():
         write_failed(run_dir, tracker, reason)
+        lease.close()
         return
     with contextlib.suppress(FileExistsError), open(run_dir.told, "x"):
         write_failed(run_dir, job.tracker.files(run_dir), reason)

@@ -39,7 +39,7 @@ def work(job: str, overrides: Sequence[str], rank: int, world: int, port: int, l
     composed = config.compose(job, overrides)
     if job == "train":
         train.Guard = _traced(log.parent / f"keys{port}.{rank}")  # type: ignore[misc]
-        train.run(composed)
+        config.or_exit(lambda: train.run(composed))
         runtime.leave()
     elif job == "evaluate":
         evaluate.run(composed)

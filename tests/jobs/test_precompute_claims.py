@@ -1,7 +1,6 @@
 """Claims of processes that share a folder: exclusive among the living, free after death."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm_scale.core import storage
-from ldm_scale.jobs.claims import Claims
+from ldm_scale.jobs.claims import Claims, _began, here
 
 
 def wait_for(condition: object, seconds: float = 5.0) -> bool:
@@ -23,10 +22,10 @@ def wait_for(condition: object, seconds: float = 5.0) -> bool:
     return False
 
 
-def foreign(folder: Path, *, host: str, pid: int) -> Path:
-    """A claim as another process left it."""
-    path = folder / "00000.tar.claim"
-    storage.write_json(path, {"owner": "another", "host": host, "pid": pid, "time": 0.0})
+def foreign(folder: Path, *, pid: int = 1, name: str = "00000.tar", **where: str) -> Path:
+    """A claim as another process left it, on this host unless told otherwise."""
+    path = folder / f"{name}.claim"
+    storage.write_json(path, {"owner": "another", **here(), **where, "pid": pid, "began": "1", "time": 0.0})
     return path
 
 
@@ -41,13 +40,24 @@ def test_one_of_two_gets_it_and_the_other_after_it(tmp_path: Path) -> None:
 
 def test_a_claim_of_a_process_that_is_gone_is_free_at_once(tmp_path: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    foreign(tmp_path, host=socket.gethostname(), pid=int(gone.stdout))
+    foreign(tmp_path, pid=int(gone.stdout))
     with Claims(tmp_path) as claims:
         assert claims.take("00000.tar")
 
 
+def test_another_process_under_the_old_number_is_not_the_owner(tmp_path: Path) -> None:
+    foreign(tmp_path, pid=os.getpid())  # which began later than the first tick
+    foreign(tmp_path, pid=os.getpid(), name="container", kernel="another one")
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    with Claims(tmp_path) as claims:
+        assert claims.take("00000.tar") and claims.lives("00000.tar")
+        assert not claims.take("container") and claims.lives("container") is None
+        assert wait_for(lambda: _began(zombie.pid) == "")
+    zombie.wait()
+
+
 def test_a_claim_on_another_host_is_free_when_it_shows_no_life(tmp_path: Path) -> None:
-    path = foreign(tmp_path, host="elsewhere", pid=1)
+    path = foreign(tmp_path, host="elsewhere")
     os.utime(path, (0, 0))  # its clock may be anything: only that the time stands still counts
     with Claims(tmp_path, stale_s=0.4) as claims:
         assert not claims.take("00000.tar")
@@ -68,7 +78,7 @@ def test_the_living_keep_their_claims(tmp_path: Path) -> None:
 def test_who_was_taken_for_dead_knows_it(tmp_path: Path) -> None:
     with Claims(tmp_path) as claims:
         assert claims.take("00000.tar")
-        path = foreign(tmp_path, host="elsewhere", pid=1)
+        path = foreign(tmp_path, host="elsewhere")
         assert not claims.holds("00000.tar")
         claims.release("00000.tar")
         assert path.exists(), "the other one's claim stays"
@@ -86,6 +96,6 @@ def test_a_claim_whose_owner_died_writing_it_goes_stale(tmp_path: Path, content:
 def test_sweeping_takes_the_claims_of_the_dead_only(tmp_path: Path) -> None:
     with Claims(tmp_path) as one, Claims(tmp_path) as two:
         assert one.take("a")
-        foreign(tmp_path, host=socket.gethostname(), pid=2**22 + 1)  # beyond the largest process id
+        foreign(tmp_path, pid=2**22 + 1)  # beyond the largest process id
         two.sweep()
         assert [path.name for path in tmp_path.glob("*.claim")] == ["a.claim"]
