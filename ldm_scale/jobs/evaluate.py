@@ -43,16 +43,17 @@ def run(job: EvaluateJob) -> None:
     runtime.join()
     preemption = runtime.Preemption()
     try:
-        _evaluate(job, preemption.between)
+        _evaluate(job, preemption)
     except runtime.Preempted:
         log.info("stopped; the same command goes on")
         runtime.leave(runtime.PREEMPTED_EXIT_CODE)
     runtime.leave()
 
 
-def _evaluate(job: EvaluateJob, between: Between) -> None:
+def _evaluate(job: EvaluateJob, preemption: runtime.Preemption) -> None:
+    between = preemption.between
     if job.watch is not None:
-        watch.run(RunDir(Path(job.watch)), between)
+        watch.run(RunDir(Path(job.watch)), job.every, preemption)
         return
     if job.write_reference is not None:
         reference_set.write(job, Path(job.write_reference), between)

@@ -209,9 +209,12 @@ class TrackerConfig:
         files = self.files(run_dir)
         if not self.wandb:
             return files
+        return Several([files, self.view(run_dir)])
+
+    def view(self, run_dir: RunDir) -> Wandb:
+        """W&B's part of it."""
         place = Place(project=self.project, entity=self.entity, group=self.group, tags=self.tags)
-        offline = self.mode is WandbMode.offline
-        return Several([files, Wandb(run_dir, place, offline=offline, artifacts=self.artifacts)])
+        return Wandb(run_dir, place, offline=self.mode is WandbMode.offline, artifacts=self.artifacts)
 
 
 def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:

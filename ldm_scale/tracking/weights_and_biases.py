@@ -179,7 +179,15 @@ class Wandb:
         if run is not None and alert is not None:
             self._try(lambda: send_alert(run, self._run_dir, alert))
 
+    def catch_up(self, config: dict[str, Any], state: State) -> None:
+        """Of a training that is over, and fed W&B: send scores that were made beside it too late for it to send."""
+        if self._sent.rows and len(self._run_dir.read_lines(self._run_dir.watched)) > self._sent.beside:
+            lines = self._run_dir.read_lines(self._run_dir.metrics)
+            self.start(config, resume_at=max((line["images_seen"] for line in lines), default=0))
+            self.finish(state)
+
     def finish(self, state: State) -> None:
+        self._send_watched()
         if state == "finished":
             self._try(self._send_what_remains)
 
@@ -239,8 +247,16 @@ class Wandb:
         size = watched.stat().st_size if watched.exists() else 0
         if size > self._watched_bytes:
             self._watched_bytes = size
-            for line in self._run_dir.read_lines(watched):
-                self._send(line["images_seen"], line["scores"])
+            for number, line in enumerate(self._run_dir.read_lines(watched)):
+                self._rows.note(line["scores"])
+                if number >= self._sent.beside:
+                    self._send_beside(line["images_seen"], line["scores"])
+
+    def _send_beside(self, images_seen: int, scores: dict[str, float]) -> None:
+        """A row of its own, in any order of images: W&B may have later ones already."""
+        if (run := self._run) is not None:
+            number = self._sent.note({}, images_seen, beside=1)
+            self._try(lambda: self._rows.send(run, images_seen, scores, number=number))
 
     def _try(self, call: Callable[[], None]) -> None:
         try:
@@ -255,20 +271,23 @@ class _Sent:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows, self._high_water = 0, dict[str, int]()
+        self.rows, self._high_water = 0, dict[str, int]()
+        self.beside = 0
+        """Of these rows, those of scores made beside the training."""
         if path.exists():
             held = storage.read_json(path)
-            self._rows, self._high_water = held["rows"], held["images_seen"]
+            self.rows, self._high_water, self.beside = held["rows"], held["images_seen"], held.get("beside", 0)
 
     def is_new(self, name: str, images_seen: int) -> bool:
         return images_seen > self._high_water.get(name, -1)
 
-    def note(self, names: Mapping[str, Any], images_seen: int) -> int:
+    def note(self, names: Mapping[str, Any], images_seen: int, *, beside: int = 0) -> int:
         """Remember a row before it is sent; returns its number."""
-        row, self._rows = self._rows, self._rows + 1
+        row, self.rows, self.beside = self.rows, self.rows + 1, self.beside + beside
         self._high_water.update(dict.fromkeys(names, images_seen))
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"rows": self._rows, "images_seen": self._high_water}))
+        held = {"rows": self.rows, "images_seen": self._high_water, "beside": self.beside}
+        temporary.write_text(json.dumps(held))
         os.replace(temporary, self._path)
         return row
 

@@ -1,5 +1,8 @@
 """Scores in training, and the same scores made beside it by `evaluate.py watch=RUN`."""
 
+import json
+import os
+import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -9,10 +12,11 @@ from typing import Any
 import pytest
 from torch import nn
 
+from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.jobs import watch
 from ldm_scale.jobs.looks import Looks
-from ldm_scale.tracking.report import write_report
-from ldm_scale.tracking.tracker import Silent
+from ldm_scale.tracking.tracker import JsonLines, Silent
 
 
 def scores(run_dir: RunDir) -> dict[tuple[int, str], dict[str, float]]:
@@ -28,11 +32,19 @@ def test_scores_in_training_and_beside_it_are_the_same_numbers(world: Any) -> No
     world.run(world.tiny_training("name=watched", "every.evaluate=0", *asked))
     watched = RunDir(world.path / "runs" / "txt2img_laion" / "watched")
     assert scores(watched) == {}
+    gone = watched.checkpoints / "images_000000000104"  # without a byte of weights, as if just deleted
+    meta = storage.read_json(watched.checkpoints / "images_000000000096" / "complete.json")
+    storage.write_json(gone / "complete.json", {**meta, "digest": "another"})
     command = world.job("evaluate.py", f"watch={watched.path}")
     kept, number = watched.unfinished("watch"), signal.SIGKILL
     assert world.interrupted(command, lambda: len(list(kept.rglob("0*.safetensors"))) >= 2, number) == -number
     assert list(kept.rglob("0*.safetensors")) and scores(watched) == {}
-    world.run(command)
+    assert [path.parent.name for path in watched.checkpoints.glob("*/held")] == ["images_000000000096"]
+    said = world.run(command)
+    assert f"{gone} cannot be scored" in said and not list(watched.checkpoints.glob("*/held"))
+    assert [line["images_seen"] for line in watched.read_watched()] == [96, 96, 48, 48]
+    assert storage.read_json(watched.wandb / "sent.json")["beside"] == 4
+    assert "eval/fd_random_raw" in watched.report.read_text()
     beside = scores(watched)
     assert beside.keys() == {(images, weights) for images in (48, 96) for weights in ("ema/32", "raw")}
     assert beside == {key: inside[key] for key in beside}
@@ -40,7 +52,57 @@ def test_scores_in_training_and_beside_it_are_the_same_numbers(world: Any) -> No
     began = time.time()
     world.run(command)  # nothing is left to do
     assert watched.watched.stat().st_mtime < began
-    assert "eval/fd_random_raw" in write_report(watched).read_text()
+
+
+def checkpoint(run_dir: RunDir, images: int, digest: str) -> Path:
+    path = run_dir.checkpoints / f"images_{images:012d}"
+    storage.write_json(path / "complete.json", {"digest": digest, "state": {}})
+    return path
+
+
+def scored(run_dir: RunDir, images: int, digest: str) -> None:
+    run_dir.watched.parent.mkdir(exist_ok=True)
+    with open(run_dir.watched, "a") as file:
+        line = {"time": time.time(), "images_seen": images, "event": "evaluation", "checkpoint": digest, "scores": {}}
+        file.write(json.dumps(line) + "\n")
+
+
+def test_what_was_begun_comes_first_then_the_newest_and_again_what_was_gone_back_from(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running", images=0)
+    paths = [checkpoint(run_dir, images, f"at {images}") for images in (8, 16, 24, 32)]
+
+    def next_one(every: int = 0, *tried: str) -> str:
+        found = watch._look(run_dir, every, {*tried})[1]
+        return "" if found is None else found.digest
+
+    assert (next_one(), next_one(0, "at 32"), next_one(24)) == ("at 32", "at 24", "at 32")
+    (paths[1] / "held").touch()
+    assert next_one() == "at 16"
+    (paths[1] / "held").unlink()
+    scored(run_dir, 32, "at 32")
+    assert (next_one(), next_one(24), next_one(16)) == ("at 24", "at 16", "at 24")
+    shutil.rmtree(paths[3])
+    JsonLines(run_dir).event(24, "rollback")
+    checkpoint(run_dir, 32, "at 32 again")
+    assert (next_one(), next_one(24)) == ("at 32 again", "at 32 again")
+    for images in (8, 16, 24):
+        JsonLines(run_dir).event(images, "evaluation", scores={})
+    scored(run_dir, 32, "at 32 again")
+    assert next_one() == ""
+
+
+def test_a_training_is_waited_for_while_it_may_go_on(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    for state in ("running", "preempted"):
+        run_dir.write_status(state, images=8)  # type: ignore[arg-type]
+        run_dir.metrics.write_text("{}\n")
+        assert watch._over(run_dir) == ""
+        for file in (run_dir.status, run_dir.metrics):
+            os.utime(file, (0, time.time() - 1.5 * watch.SILENT_S))
+        assert watch._over(run_dir).startswith(f"the training is {state}, and gave no sign of life for 1.5 h")
+    run_dir.write_status("failed", images=8)
+    assert watch._over(run_dir) == "the training is failed"
 
 
 def test_a_run_that_is_none_is_refused(world: Any, tmp_path: Any) -> None:

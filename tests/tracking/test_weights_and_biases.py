@@ -164,6 +164,34 @@ def test_view_is_filled_up_from_metrics(tmp_path, environment):
     assert losses == list(range(10, 81, 10))
 
 
+@pytest.mark.slow
+def test_scores_made_beside_are_sent_in_any_order_and_after_the_end(tmp_path, environment):
+    run_dir = RunDir(tmp_path / "debug" / "first")
+    beside = [(40, 3.0), (20, 5.0), (60, 2.0)]  # W&B has 40 images when it hears of 20
+
+    def watched(*scores):
+        run_dir.watched.parent.mkdir(parents=True, exist_ok=True)
+        with open(run_dir.watched, "a") as file:
+            for seen, value in scores:
+                file.write(json.dumps({"time": 0.0, "images_seen": seen, "scores": {"eval/fd_clip": value}}) + "\n")
+
+    watched(*beside[:2])
+    train(run_dir.path, 0, 60, "finished", environment)
+    watched(beside[2])
+    late = "import sys; from pathlib import Path; from ldm_scale.core.run_dir import RunDir\n"
+    late += "from ldm_scale.tracking.tracker import TrackerConfig\n"
+    late += "TrackerConfig(project='trial').view(RunDir(Path(sys.argv[1]))).catch_up({}, 'finished')"
+    for _ in range(2):  # and then there is nothing left
+        subprocess.run([sys.executable, "-c", late, str(run_dir.path)], env=environment, check=True, timeout=60)
+    assert len(parts(run_dir.path)) == 2 and len({part.name.split("-")[-1] for part in parts(run_dir.path)}) == 1
+    found = rows(run_dir.path)
+    assert [(row["train/images_seen"], row["eval/fd_clip"]) for row in found if "eval/fd_clip" in row] == beside
+    assert [row["train/images_seen"] for row in found if "train/loss" in row] == list(range(10, 61, 10))
+    assert len({row["_step"] for row in found}) == len(found)
+    summary = json.loads(inspect(parts(run_dir.path)[-1], "--summary", "--json"))["summary"]
+    assert summary["eval/fd_clip"] == {"min": 2.0, "last": 2.0}
+
+
 @pytest.fixture
 def deaf_server() -> Iterator[str]:
     """Accepts connections and never answers."""

@@ -35,6 +35,8 @@ class EvaluateJob(Drawing):
     """Instead of `run_dir`: a first stage."""
     watch: str | None = None
     """Instead of `run_dir`: a training whose checkpoints are scored as they appear, with its own settings."""
+    every: int = 0
+    """With `watch`, images: one checkpoint is scored in each stretch of so many; 0: all that are seen in time."""
     evaluation: EvaluationConfig
     """Scores."""
     data: EvaluatedData = field(default_factory=EvaluatedData)
@@ -58,6 +60,8 @@ class EvaluateJob(Drawing):
             return
         if [self.run_dir, checkpoint, self.watch].count(None) != 2:
             raise ValueError("name what to score by one of run_dir=RUN, first_stage.checkpoint=DIRECTORY, watch=RUN")
+        if self.every < 0 or (self.every and self.watch is None):
+            raise ValueError(f"every={self.every}: images between two checkpoints that watch=RUN scores; 0 for all")
         if checkpoint is not None and (self.data.images is None or self.data.size is None):
             raise ValueError(
                 f"first_stage.checkpoint={checkpoint} needs data.images=SHARDS and data.size=PIXELS beside it"
