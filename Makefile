@@ -104,7 +104,7 @@ ifeq ($(SCALE),toy)
 	@python -m ldm_scale.jobs.compression_tradeoff $(FACTORS:%=runs/compression_f%/toy) --steps 5 10 20 50
 else
 	@failed=0; for f in $(FACTORS); do \
-		python -m ldm_scale.jobs.plan +experiment=compression_f$$f name=compression $(ARGS) || failed=$$?; \
+		python -m ldm_scale.jobs.plan +experiment=compression_f$$f name=compression --gpus 1 $(ARGS) || failed=$$?; \
 	done; exit $$failed
 endif
 

@@ -92,8 +92,8 @@ def training_step(overrides: list[str], batch: int) -> tuple[int, Callable[[], o
             moments=torch.zeros(batch, 2 * channels, *sides, dtype=torch.float16),
             inputs=inputs.expand(batch, *inputs.shape[1:]),
         )
+        step(read, 1e-4, images_seen)
         images_seen += batch
-        step(read, 1e-4)
 
     return parameters(module), one
 

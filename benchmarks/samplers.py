@@ -94,7 +94,7 @@ def table(options: argparse.Namespace) -> list[Row]:
                 size=(source.size, source.size),
                 seed=options.seed,
             )
-            seconds = seconds_per_image(generator, held_out.captions[: options.batch], options.passes)
+            seconds = seconds_per_image(generator, scores.captions[: options.batch], options.passes)
             found = scores(generator)
             rows.append(
                 Row(kind, sampler.spacing.name, steps, found["eval/caption_accuracy"], found["eval/fd_random"], seconds)

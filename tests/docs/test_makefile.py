@@ -59,9 +59,10 @@ def test_one_plan_of_a_sweep_that_fails_fails_the_sweep_after_all_were_shown(che
     python = checkout / ".venv" / "bin" / "python"
     python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *compression_f2\\ *) exit 1;; esac\n')
     python.chmod(0o755)
-    said = make("compression-sweep", "ARGS=--gpus 1", cwd=checkout)
+    said = make("compression-sweep", "ARGS=--gpus 8", cwd=checkout)
     assert said.returncode != 0
-    assert re.findall(r"compression_f(\d+) name=compression --gpus 1", said.stdout) == ["1", "2", "4", "8", "16", "32"]
+    planned = re.findall(r"compression_f(\d+) name=compression --gpus 1 --gpus 8", said.stdout)
+    assert planned == ["1", "2", "4", "8", "16", "32"]
 
 
 @pytest.mark.parametrize("path", ["weights/kl_f8/a.zip", "export/a", "burn_in/work/a", "samples/a.png", "latents.png"])
