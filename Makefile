@@ -148,7 +148,7 @@ train: setup ## Train: EXPERIMENT= SCALE= ARGS=
 	$(LAUNCH) train.py $(JOB)
 
 status: setup ## How all runs stand, a line each
-	@python -m ldm_scale.jobs.status runs/*/*
+	@python -m ldm_scale.jobs.status runs
 
 sample: setup ## Draw captions with a trained run: RUN= ARGS='"prompts=[a caption]"'
 	python sample.py run_dir=$(RUN) $(ARGS)

@@ -1,6 +1,6 @@
 """How runs stand, one line each, from what they left on disk: nothing is asked of the processes.
 
-    python -m ldm_scale.jobs.status RUNS ... [--json] [--stale SECONDS]      e.g. runs/*
+    python -m ldm_scale.jobs.status RUNS ... [--json] [--stale SECONDS]      e.g. runs
 
 A run's last sign of life is the newest time in its status, metrics and events. One that says `running` and gave no sign
 for long is `stale`: killed, hung, or in one long evaluation. GPU hours count from each launch to the last sign of it
@@ -11,6 +11,7 @@ as spent / at completion / planned (`plan --keep`), and in money too where track
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ class RunStatus:
     """running, stale, preempted, stopped, finished or failed."""
     reason: str
     images: int
-    total_images: int
+    total_images: int | None
+    """None where it ended before it could say."""
     eta_s: float | None
     """Seconds left at the last logged rate; None where nothing trains or no rate is known."""
     images_per_s: float | None
@@ -69,14 +71,15 @@ class RunStatus:
 
         now  seconds since the epoch
         """
-        status, config = storage.read_json(run_dir.status), storage.read_json(run_dir.config)
+        status = storage.read_json(run_dir.status)
+        config = storage.read_json(run_dir.config) if run_dir.config.exists() else {}
         metrics, events = run_dir.read_lines(run_dir.metrics), run_dir.read_lines(run_dir.events)
         signs = sorted({status["time"], *(line["time"] for line in (*metrics, *events))})
         age = now - signs[-1]
         running = status["state"] == "running"
         state = "stale" if running and age > stale_s else str(status["state"])
         images = max([status["images"], *(line["images_seen"] for line in metrics[-1:])])
-        rate, total = _last(metrics, "perf/images_per_s"), config["total_images"]
+        rate, total = _last(metrics, "perf/images_per_s"), config.get("total_images")
         launches = [event for event in events if event["event"] in LAUNCHES]
         launched = launches[-1]["time"] if launches else 0.0
         alerts = [alert["alert"] for alert in run_dir.read_lines(run_dir.alerts) if alert["time"] >= launched]
@@ -89,7 +92,7 @@ class RunStatus:
             reason=status["reason"],
             images=images,
             total_images=total,
-            eta_s=(total - images) / rate if state == "running" and rate else None,
+            eta_s=(total - images) / rate if state == "running" and rate and total else None,
             images_per_s=rate,
             loss=_last(metrics, "train/loss"),
             goodput=_last(metrics, "perf/goodput"),
@@ -98,7 +101,7 @@ class RunStatus:
             alerts=len(alerts),
             last_alert=alerts[-1] if alerts else "",
             gpus=launches[-1]["world"] if launches else 0,
-            cost=Cost.of(config, launches, signs, done=images / total, forecast=forecast),
+            cost=Cost.of(config, launches, signs, done=total and images / total, forecast=forecast),
             restarts=max(0, len(launches) - 1),
             host=status["host"],
         )
@@ -107,17 +110,21 @@ class RunStatus:
 def find_runs(given: Sequence[Path]) -> list[RunDir]:
     """Runs among `given` paths and anywhere in them, sorted.
 
-    raises  FileNotFoundError naming a path that holds none
+    raises  FileNotFoundError naming a path that is not there, or all of them where none holds a run
     """
-    found = {path: [file.parent for file in _statuses(path)] for path in given}
-    if empty := [str(path) for path, runs in found.items() if not runs]:
-        raise FileNotFoundError(f"no run (a directory with status.json) at or below {', '.join(empty)}")
-    return [RunDir(path) for path in sorted({run for runs in found.values() for run in runs})]
+    found = {run for path in given for run in _runs(path)}
+    if empty := [path for path in given if not (found and path.exists())]:
+        raise FileNotFoundError(f"no run (a directory with status.json) at or below {', '.join(map(str, empty))}")
+    return [RunDir(path) for path in sorted(found)]
 
 
-def _statuses(path: Path) -> Iterator[Path]:
-    depths = [""] if RunDir(path).status.exists() else ["*/", "*/*/"]
-    return (file for depth in depths for file in path.glob(f"{depth}status.json"))
+def _runs(path: Path) -> Iterator[Path]:
+    for folder, below, files in os.walk(path):
+        if "status.json" in files:
+            yield Path(folder)
+            below[:] = [name for name in below if Path(folder, name, "status.json").exists()]  # of a sweep by its name
+        elif "snapshot" in below:  # of a sweep: code
+            below.remove("snapshot")
 
 
 def _last(lines: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -139,7 +146,7 @@ def show(runs: Sequence[RunStatus]) -> Table:
             run.run,
             Text(_in_words(run), style="bold red" if run.state in ("stale", "failed") else ""),
             f"{run.images:,}",
-            f"{100 * run.images / run.total_images:.1f}",
+            "-" if run.total_images is None else f"{100 * run.images / run.total_images:.1f}",
             "-" if run.eta_s is None else duration(run.eta_s),
             "-" if run.images_per_s is None else f"{run.images_per_s:,.1f}",
             "-" if run.loss is None else f"{run.loss:.4f}",

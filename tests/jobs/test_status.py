@@ -105,8 +105,32 @@ def test_runs_are_found_in_folders_of_runs(tmp_path: Path) -> None:
     runs = [a_run(tmp_path / "runs" / "txt2img" / name) for name in ("a", "b")]
     assert find_runs([tmp_path / "runs"]) == find_runs([tmp_path / "runs" / "txt2img"]) == runs
     assert find_runs([runs[1].path]) == [runs[1]]
-    with pytest.raises(FileNotFoundError, match="no run"):
-        find_runs([tmp_path / "nowhere"])
+    (tmp_path / "runs" / "txt2img" / "queued" / "snapshot").mkdir(parents=True)
+    assert find_runs(sorted((tmp_path / "runs" / "txt2img").iterdir())) == runs
+    for empty in ("nowhere", "runs/txt2img/queued"):
+        with pytest.raises(FileNotFoundError, match=f"no run .*{empty}$"):
+            find_runs([tmp_path / empty])
+    with pytest.raises(FileNotFoundError, match=r"nowhere$"):
+        find_runs([tmp_path / "runs", tmp_path / "nowhere"])
+
+
+def test_runs_of_a_sweep_are_found_and_nothing_within_runs_is_searched(tmp_path: Path) -> None:
+    """As `submit` lays them out: the tasks beside the code that they run, under a run of the sweep's own name."""
+    home = a_run(tmp_path / "runs" / "txt2img" / "ablation")
+    tasks = [a_run(home.path / label) for label in ("seed-1", "seed-2")]
+    other = a_run(tmp_path / "runs" / "txt2img" / "lr" / "seed-1")
+    a_run(other.path.parent / "snapshot" / "20260101T000000Z_train" / "code")
+    a_run(other.checkpoints / "images_000000000100")
+    assert find_runs([tmp_path / "runs"]) == [home, *tasks, other]
+
+
+def test_a_run_that_failed_before_it_knew_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its directory was there from `submit` on."""
+    RunDir(tmp_path / "a").write_status("failed", images=0, reason="ValueError: data.validation is not set")
+    a_run(tmp_path / "b")
+    assert status.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "data.validation" in said and "0.2500" in said
 
 
 def test_the_command_prints_a_line_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
