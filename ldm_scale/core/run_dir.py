@@ -11,7 +11,10 @@ from typing import Any, Literal
 from ldm_scale.core import storage
 
 State = Literal["running", "preempted", "stopped", "finished", "failed"]
-"""Of these, `preempted` alone asks launchers to start the run again; `stopped` is a person's wish."""
+"""Of these, `preempted` asks launchers to start the run again, and `failed` where its cause is `lost`; `stopped` is a
+person's wish."""
+Cause = Literal["", "error", "lost"]
+"""Of a failure: an error of the training's own, or a process or GPU that was lost; empty where nothing failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class RunDir:
 
     @property
     def status(self) -> Path:
-        """`{state, reason, images, host, time}`: what launchers read."""
+        """`{state, reason, cause, images, host, time}`: what launchers read."""
         return self.path / "status.json"
 
     @property
@@ -109,12 +112,10 @@ class RunDir:
     def wandb(self) -> Path:
         return self.path / "wandb"
 
-    def write_status(self, state: State, *, images: int, reason: str = "") -> None:
+    def write_status(self, state: State, *, images: int, reason: str = "", cause: Cause = "") -> None:
         """Say how the run stands. Called by rank 0."""
-        storage.write_json(
-            self.status,
-            {"state": state, "reason": reason, "images": images, "host": socket.gethostname(), "time": time.time()},
-        )
+        here = {"host": socket.gethostname(), "time": time.time()}
+        storage.write_json(self.status, {"state": state, "reason": reason, "cause": cause, "images": images, **here})
 
     def read_lines(self, file: Path) -> list[dict[str, Any]]:
         """Every whole line of `metrics`, `events` or `alerts`; what a kill cut short, or ran together, is left out."""

@@ -33,7 +33,7 @@ from ldm_scale.training.loop import Clock, Due, Outcome, Run, fit
 from ldm_scale.training.movement import Movement
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter, peak_flops
-from ldm_scale.training.watchdog import Watchdog
+from ldm_scale.training.watchdog import Watchdog, is_loss
 
 log = runtime.logger(__name__)
 
@@ -293,17 +293,25 @@ def _still_due(run_dir: RunDir, state: dict[str, Any]) -> Due:
 
 
 def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:
-    """Write how the run stands and the report, close the tracker, say where things are."""
+    """Write how the run stands, close the tracker, show what there is."""
     reason = under_way.control.reason() if outcome == "stopped" else ""
     under_way.tracker.event(under_way.images_seen, outcome, **({"reason": reason} if reason else {}))
     if runtime.is_main():
         run_dir.write_status(outcome, images=under_way.images_seen, reason=reason)
     under_way.control.settle()
     under_way.tracker.finish(outcome)
-    if runtime.is_main():
+    if runtime.is_main() and outcome != "preempted":  # that one's time is the save's
+        _show(run_dir)
+    return outcome
+
+
+def _show(run_dir: RunDir) -> None:
+    """Write the report, say where things are: views, for which no training fails that has ended well."""
+    try:
         write_report(run_dir)
         summary.closing(run_dir)
-    return outcome
+    except Exception as error:
+        log.warning("not shown (%s: %s): %s has everything else", type(error).__name__, error, run_dir.path)
 
 
 @contextlib.contextmanager
@@ -338,7 +346,7 @@ def _ended(job: TrainJob, run_dir: RunDir, lease: Lease, tracker: Tracker, reaso
 def write_failed(run_dir: RunDir, tracker: Tracker, reason: str) -> None:
     """Say in status, events and alerts that a training failed, and why."""
     images, reason = _images(run_dir), without_secrets(reason)
-    run_dir.write_status("failed", images=images, reason=reason)
+    run_dir.write_status("failed", images=images, reason=reason, cause="lost" if is_loss(reason) else "error")
     tracker.event(images, "failed", reason=reason)
 
 

@@ -13,6 +13,7 @@ of rank 0 goes dark: nothing closes the connection. So whoever asks the store wa
 
 import faulthandler
 import os
+import re
 import socket
 import threading
 import time
@@ -38,10 +39,16 @@ _ANSWER_S = 10.0  # that the store may take
 _TELL_S = 10.0  # that `on_end` may take
 _END = "end"
 _NO_STORE = "rank 0 was lost"
+_LOSS = re.compile(r"^(rank \d+( on \S+)? was lost|(torch\.|rank \d+ on \S+: )?AcceleratorError): ", re.MULTILINE)
 
 log = runtime.logger(__name__)
 
 Answer = TypeVar("Answer")
+
+
+def is_loss(reason: str) -> bool:
+    """Whether a training ended for want of a process or its GPU (such as an ECC error), and may go on without it."""
+    return _LOSS.search(reason) is not None
 
 
 class Watchdog:

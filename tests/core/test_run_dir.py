@@ -13,9 +13,10 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 def test_status_says_how_the_run_stands(run_dir: RunDir):
     run_dir.write_status("running", images=0)
-    run_dir.write_status("preempted", images=640, reason="SIGTERM")
+    run_dir.write_status("failed", images=640, reason="rank 1 was lost", cause="lost")
     status = json.loads(run_dir.status.read_text())
-    assert (status["state"], status["images"], status["reason"]) == ("preempted", 640, "SIGTERM")
+    told = tuple(status[name] for name in ("state", "images", "reason", "cause"))
+    assert told == ("failed", 640, "rank 1 was lost", "lost")
     assert status["host"] and status["time"] > 1.7e9
     assert [file.name for file in run_dir.path.iterdir()] == ["status.json"]
 

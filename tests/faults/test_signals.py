@@ -67,10 +67,12 @@ def test_control_files_sample_save_and_stop_where_weights_are_sharded(toy: Toy, 
     (control / "save").touch()
     assert launch.reaches(lambda: not (control / "save").exists()), launch.said()
     saved = images_of(complete_ones(checkpoints)[0])
+    RunDir(run).report.mkdir()  # which nobody can write then: no reason to have failed
     (control / "stop").touch()
     assert launch.ended() == [0, 0], launch.said()
 
     status = storage.read_json(RunDir(run).status)
+    assert "not shown (IsADirectoryError" in launch.said()
     assert status["state"] == "stopped" and status["reason"].startswith("asked by control/stop, touched 2")
     assert images_of(complete_ones(checkpoints)[0]) == status["images"] < 400
     asked = [(event["images_seen"], list(event["asked"])) for event in events(run, "control")]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.jobs import config, train
@@ -15,6 +16,7 @@ from ldm_scale.training.telemetry import Startup
 
 
 def told(run_dir: RunDir) -> list[tuple[str, str]]:
+    """The status, then events and alerts."""
     status = json.loads(run_dir.status.read_text())
     lines = [line["event"] for line in run_dir.read_lines(run_dir.events)]
     lines += [line["alert"] for line in run_dir.read_lines(run_dir.alerts)]
@@ -59,3 +61,25 @@ def test_the_watchdog_where_rank_0_is_lost(tmp_path: Path, monkeypatch: pytest.M
     for _ in range(3):  # of 511 ranks
         train._ended(job, run_dir, Lease(run_dir, "training"), train.Silent(), "rank 0 was lost")
     assert told(run_dir) == [("failed", "rank 0 was lost"), ("failed", ""), ("failed", "")]
+
+
+LOST = "rank 1 on n2 was lost: no sign of life for 6 s"
+
+
+@pytest.mark.parametrize(
+    ("error", "note", "cause"),
+    [
+        (RuntimeError("Connection closed by peer"), LOST, "lost"),
+        (RuntimeError("Connection closed by peer"), "rank 1 on n2: AcceleratorError: CUDA error: ECC", "lost"),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "", "lost"),
+        (RuntimeError("Connection closed by peer"), f"rank 1 on n2: ValueError: {LOST}", "error"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "", "error"),
+    ],
+)
+def test_what_is_lost_is_told_apart_from_errors(error: Exception, note: str, cause: str, tmp_path: Path) -> None:
+    """A launcher starts the one again, the other not."""
+    if note:
+        error.add_note(note)
+    with pytest.raises(type(error)), train._status_kept(RunDir(tmp_path), train.Silent(), Startup()):
+        raise error
+    assert json.loads(RunDir(tmp_path).status.read_text())["cause"] == cause

@@ -88,7 +88,7 @@ def test_a_training_loses_a_host_then_a_cable_for_moments(toy: Toy, hosts: HostP
     hosts.kill(1)
     assert job.ended(TRAIN_ENDS_S) == [1, -9]
     status = storage.read_json(RunDir(run).status)
-    assert status["state"] == "failed" and "rank 1 on host1 was lost" in status["reason"]
+    assert (status["state"], status["cause"]) == ("failed", "lost") and "rank 1 on host1 was lost" in status["reason"]
 
     job = training(toy, hosts, run)
     assert job.reaches(320, run), job.said(0)
@@ -116,7 +116,7 @@ def test_a_cable_pulled_for_good_ends_both_hosts(toy: Toy, hosts: HostPair, tmp_
     reasons = "rank 1 on host1 was lost: no sign of life for 40 s", "rank 0 was lost: it does not answer rank 1"
     assert reasons[0] in job.said(0) and reasons[1] in job.said(1)
     status = storage.read_json(RunDir(run).status)
-    assert status["state"] == "failed" and status["reason"] in reasons  # of whoever is last to see the other's silence
+    assert status["cause"] == "lost" and status["reason"] in reasons  # of whoever is last to see the other's silence
     job = training(toy, hosts, run)
     assert job.ended() == [0, 0], job.said(0)
     toy.train(undisturbed, *LENGTH).finish()
