@@ -62,6 +62,11 @@ def checks(job: TrainJob, needs: Needs) -> list[Check]:
     return [_checked(name, work) for name, work in _all(job, needs)]
 
 
+def reading(job: TrainJob) -> list[Check]:
+    """Those of them about what the job reads: any host that sees the files can tell, with a GPU or without."""
+    return [_checked(name, work) for name, work in _reading(job)]
+
+
 def _checked(name: str, work: Callable[[], str]) -> Check:
     try:
         return Check(name, "ok", work())
@@ -75,14 +80,18 @@ def _all(job: TrainJob, needs: Needs) -> Iterator[tuple[str, Callable[[], str]]]
     yield "batch", lambda: _batch(job, needs.world)
     yield "engine", lambda: _engine(job, needs.world)
     yield "memory", lambda: _memory(job, needs)
+    yield from _reading(job)
+    yield "disk", lambda: _disk(job, needs)
+    yield "W&B", lambda: _wandb(job)
+
+
+def _reading(job: TrainJob) -> Iterator[tuple[str, Callable[[], str]]]:
     if not job.trains_first_stage:
         yield "first stage", lambda: _first_stage(job.first_stage)
     yield "conditions", lambda: _conditions(job)
     yield "data", lambda: _data(job)
     yield "held-out images", lambda: _held_out(job)
     yield "scores", lambda: _scores(job)
-    yield "disk", lambda: _disk(job, needs)
-    yield "W&B", lambda: _wandb(job)
 
 
 def _first_stage(config: FirstStageConfig) -> str:

@@ -26,7 +26,7 @@ from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.jobs import config
+from ldm_scale.jobs import config, preflight
 from ldm_scale.training.checkpoint_files import complete_ones
 
 ROOT = Path(__file__).parents[2]
@@ -133,11 +133,18 @@ def test_a_save_has_the_time_that_every_launcher_gives():
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_arguments_are_a_job(overlay: str):
+def test_the_arguments_are_a_job(overlay: str, monkeypatch: pytest.MonkeyPatch):
+    """All that it reads is named, and lies where pods find it: images hold neither data nor weights."""
+    said = {variable["name"]: variable.get("value") for variable in container(rendered(overlay))["env"]}
+    monkeypatch.setenv("LDM_SCALE_WEIGHTS", said["LDM_SCALE_WEIGHTS"])
     script, *overrides = container(rendered(overlay))["args"]
     assert (ROOT / script).exists()
     job = config.compose(Path(script).stem, overrides)
-    assert str(job.data.latents).startswith("/shared/")
+    places = [job.data.latents, job.first_stage.checkpoint, job.conditioning.tokenizer]
+    if script == "train.py":
+        places.append(job.data.validation)
+        assert [check.said for check in preflight.reading(job) if "is not set" in check.said] == []
+    assert [place for place in places if not place.startswith("/shared/")] == []
 
 
 # The pods' command ----------------------------------------------------------------------------------------------------
@@ -148,7 +155,7 @@ def pod(host: int, hosts: int, *arguments: str, processes: int, **more: str) -> 
     manifest = container(rendered("toy"))
     told = {"HOSTS": str(hosts), "HOST": str(host), "RESTARTS": more.pop("restarts", "0")}
     told |= {"MASTER_ADDR": "127.0.0.1", "LDM_LOCAL": more.pop("local", "/tmp")}
-    assert {*told} | {"WANDB_API_KEY"} == {variable["name"] for variable in manifest["env"]}
+    assert {*told} | {"WANDB_API_KEY", "LDM_SCALE_WEIGHTS"} == {variable["name"] for variable in manifest["env"]}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         [*manifest["command"], *arguments],
