@@ -20,7 +20,8 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LDM_LOCAL/extensions}
 # NCCL is silent by default, whatever fails. By torch's default an error in a collective ends the process. Interfaces,
 # adapters and algorithms are the site's to set, or NCCL's to find.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# 4.096 us x 2^22 = 17 s for an answer, seven times: a switch that starts anew within two minutes ends no training.
+# 4.096 us x 2^22 = 17 s for an answer, seven times: a switch of InfiniBand may start anew within two minutes. Not the one
+# that leads to MASTER_ADDR: who is silent there for 40 s is taken for lost (ldm_scale/training/watchdog.py).
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 
 if [[ -z ${PROCESSES:-} ]]; then

@@ -12,11 +12,12 @@
       TIME               limit, as sbatch takes it: 24:00:00 (the partition's)
       GRACE              seconds for a last save, before the limit or when another job takes the hosts (120)
     --option=value   goes to sbatch as it is: --partition=gpu --account=lab --cpus-per-task=12 --mem=0
-    --print          show the script, and do nothing
+    --print          show the script, say what would be refused, and do nothing
 
 It copies the code (what git does not ignore) and the resolved configuration into the run directory, and the job runs
 the copy, the first time and each time that it is requeued. Hosts listed in exclude.txt, or in $LDM_EXCLUDE, are left
-out; the list is read again at each requeue.
+out; the list is read again at each requeue. A training is refused that lacks what it reads: keys, data, weights; not
+with --dependency=, since the job that it waits for may bring that.
 """
 
 import os
@@ -35,7 +36,7 @@ from typing import Any
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.core.secrets import without_secrets
-from ldm_scale.jobs import config, identity
+from ldm_scale.jobs import config, identity, preflight
 from ldm_scale.jobs.schemas.evaluate import EvaluateJob, GivenFirstStage
 from ldm_scale.jobs.schemas.precompute import PrecomputeJob
 from ldm_scale.jobs.schemas.sample import SampleJob
@@ -86,6 +87,11 @@ class Placement:
         """Of the whole job."""
         return self.nodes * self.processes_per_node
 
+    @property
+    def excluded(self) -> str:
+        """Hosts that the user names; exclude.txt has more."""
+        return ",".join(option.partition("=")[2] for option in self.options if option.startswith("--exclude="))
+
 
 def _count(keys: Mapping[str, str], key: str, default: int, *, least: int = 1) -> int:
     value = keys.get(key, str(default))
@@ -119,16 +125,24 @@ class Task:
         return Path(self.config.run_dir).absolute()
 
     @property
-    def work(self) -> tuple[Path, str]:
-        """Where finished pieces of it lie, and what their files are called: more of them is progress."""
+    def work(self) -> tuple[list[Path], str]:
+        """Where finished pieces of it lie, and a pattern of their files' names: others than before are progress.
+
+        No pattern is that of a job which may find nothing to do.
+        """
+        kept = r"[0-9]{9}\.safetensors"  # jobs/kept.py
         match self.config:
             case TrainJob():
-                return RunDir(self.folder).checkpoints, "complete.json"
+                return [RunDir(self.folder).checkpoints, self.folder / "evaluation"], rf".*\.json|{kept}"
             case PrecomputeJob(data=data):
-                return Path(str(data.latents)).absolute(), "*.done.json"
+                return [Path(str(data.latents)).absolute()], r".*\.done\.json"
             case SampleJob(out=out):
-                return Path(out).absolute() if out else self.folder / "samples", "*.png"
-        return self.folder / "evaluation", "*.json*"
+                return [Path(out).absolute() if out else self.folder / "samples"], r".*\.png"
+            case EvaluateJob(watch=str()):
+                return [self.folder / "evaluation"], ""
+            case EvaluateJob(write_reference=str(file)):
+                return [Path(f"{file}.unfinished").absolute()], kept
+        return [self.folder / "evaluation"], rf".*\.json|{kept}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +159,7 @@ class Submission:
 
     @classmethod
     def read(cls, job: str, overrides: Sequence[str], placement: Placement) -> "Submission":
-        """Compose every task, and refuse what the job would refuse when its turn in the queue has come.
+        """Compose every task, and refuse trainings that cannot start on so many processes, or in their run directory.
 
         raises  ValueError as the job would
         """
@@ -158,12 +172,25 @@ class Submission:
         snapshot = first.folder / "snapshot" / f"{stamp}_{job}"
         return cls(job=job, tasks=tasks, home=first.folder, placement=placement, snapshot=snapshot)
 
+    def lacking(self) -> list[str]:
+        """What trainings would read, and is not there or does not fit."""
+        if self.job != "train" or any(option.startswith("--dependency=") for option in self.placement.options):
+            return []
+        failing = [
+            f"{check.name}: {check.said}"
+            for task in self.tasks
+            for check in preflight.reading(task.config)
+            if check.state == "fails"
+        ]
+        return list(dict.fromkeys(failing))
+
     def script(self) -> str:
         """What sbatch is given."""
         alone = self.job == "precompute"  # its processes do not need each other
         variables = {
             "CODE": self.snapshot / "code",
             "EXCLUDE": _exclude_file(),
+            "EXCLUDED": self.placement.excluded,
             "GRACE": self.placement.grace,
             "WAIT": 0 if alone else self.placement.grace,
         }
@@ -173,9 +200,10 @@ class Submission:
         lines += ["case ${SLURM_ARRAY_TASK_ID:-0} in"]
         for number, task in enumerate(self.tasks):
             status = str(RunDir(task.folder).status) if self.job == "train" else ""
-            work, name = task.work
-            lines += [f"    {number})", f"        STATUS={shlex.quote(status)}"]
-            lines += [f"        WORK={shlex.quote(str(work))} PIECE={shlex.quote(name)}"]
+            work, names = task.work
+            lines += [f"    {number})", f"        CONFIG={shlex.quote(str(self._config(task)))}"]
+            lines += [f"        STATUS={shlex.quote(status)}"]
+            lines += [f"        WORK=({shlex.join(map(str, work))}) PIECE={shlex.quote(names)}"]
             lines += [f'        set -- python "$CODE/{JOBS[self.job]}.py" {shlex.join(task.overrides)}', "        ;;"]
         return "\n".join([*lines, "esac", "", (ROOT / "launchers/slurm/batch.sh").read_text()])
 
@@ -189,20 +217,23 @@ class Submission:
             f"--output={log}",
             "--open-mode=append",
             "--requeue",
+            f"--signal=B:USR1@{place.grace}",
         ]
         if place.gpus_per_node:
             found.append(f"--gpus-per-node={place.gpus_per_node}")
         if place.time:
             found.append(f"--time={place.time}")
-        if self.job != "evaluate":  # has nothing to save
-            found.append(f"--signal=B:USR1@{place.grace}")
         if sweep:
             found.append(f"--array=0-{len(self.tasks) - 1}")
         elif self.job == "train":
             found.append("--dependency=singleton")  # a second job of this run waits for the first
-        if hosts := excluded():
+        if hosts := [*filter(None, [place.excluded]), *excluded()]:
             found.append(f"--exclude={','.join(hosts)}")
-        return [shlex.quote(option) for option in (*found, *place.options)]
+        others = (option for option in place.options if not option.startswith("--exclude="))
+        return [shlex.quote(option) for option in (*found, *others)]
+
+    def _config(self, task: Task) -> Path:
+        return self.snapshot / (f"config_{task.label}.json" if task.label else "config.json")
 
     def send(self) -> str:
         """Make the snapshot and hand the script to Slurm; returns the job's number.
@@ -221,9 +252,9 @@ class Submission:
         self.snapshot.mkdir(parents=True)
         copy_code(self.snapshot / "code")
         for task in self.tasks:
-            name = f"config_{task.label}.json" if task.label else "config.json"
-            storage.write_json(self.snapshot / name, without_secrets(config.to_plain(task.config)))
+            storage.write_json(self._config(task), without_secrets(config.to_plain(task.config)))
         file = self.snapshot / "job.sh"
+        file.touch(mode=0o600)  # the command may hold secrets
         file.write_text(self.script())
         try:
             said = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True)
@@ -326,9 +357,14 @@ def main() -> None:
     if bare := [text for text in overrides if "=" not in text and not text.startswith("~")]:
         raise ValueError(f"{bare[0]} is no key=value; options of sbatch are written --option=value")
     submission = Submission.read(job, overrides, Placement.read(keys, options))
+    lacking = submission.lacking()
     if "--print" in rest:
         print(submission.script())
+        for one in lacking:
+            print(f"would be refused: {one}", file=sys.stderr)
         return
+    if lacking:
+        raise ValueError("; ".join(lacking))
     number = submission.send()
     home, place = os.path.relpath(submission.home), submission.placement
     print(

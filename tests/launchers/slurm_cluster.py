@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -106,12 +106,22 @@ class Cluster:
         """End its daemon and all that runs under it at once, as a power cut would."""
         self._kill(lambda said: said.get("SLURMD_NODENAME") == node)
 
+    @contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """While it lasts, slurmctld answers nobody."""
+        (controller,) = (found for found in self._processes(lambda said: True) if found.name() == "slurmctld")
+        controller.suspend()
+        yield
+        controller.resume()
+
     def training(self, run: Path) -> list[psutil.Process]:
         """The processes that train in `run`."""
-        return [
-            process for process in self._processes(lambda said: "SLURM_PROCID" in said)
-            if f"run_dir={run}" in process.cmdline() and process.name().startswith("python")
-        ]  # fmt: skip
+        found = []
+        for process in self._processes(lambda said: "SLURM_PROCID" in said):
+            with suppress(psutil.NoSuchProcess):  # a shell on its way to become one
+                if f"run_dir={run}" in process.cmdline() and process.name().startswith("python"):
+                    found.append(process)
+        return found
 
     def submit(self, *arguments: str, cwd: Path, **environment: str) -> str:
         """Type `launchers/slurm/submit` in `cwd`, which must succeed; returns the job's number."""
@@ -186,6 +196,14 @@ class Cluster:
                 if said.get("SLURM_CONF") == self.environment["SLURM_CONF"] and which(said):
                     found.append(process)
         return found
+
+
+def finished_pieces(script: str) -> str:
+    """A job's line about its finished pieces, of which it holds one for every attempt."""
+    functions = script.partition("# This script runs on the first host")[0]
+    environment = {**os.environ, "SLURM_JOB_ID": "1"}
+    command = ["bash", "-c", f"{functions}\npieces"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def _free_ports(count: int) -> list[int]:

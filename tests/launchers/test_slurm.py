@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fault_runs import Toy, curve, differing, events
-from slurm_cluster import Cluster, missing
+from slurm_cluster import Cluster, finished_pieces, missing
 
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.core import storage
@@ -110,6 +110,31 @@ def test_a_job_that_gets_nowhere_is_held(cluster: Cluster, toy: Toy, tmp_path: P
     (alert,) = RunDir(run).read_lines(RunDir(run).alerts)
     assert alert["text"] == status["reason"] and RunDir(run).read_lines(told) == [alert]
     assert [event["reason"] for event in events(run, "failed")] == [status["reason"]]
+    (script,) = (run / "snapshot").glob("*/job.sh")
+    assert "cat >> " in script.read_text() and script.stat().st_mode & 0o077 == 0
+    assert "cat >> " not in log.read_text()  # the address of a web hook, for one
+
+
+def test_once_it_has_saved_a_job_goes_back_whatever_it_still_waits_for(
+    cluster: Cluster, toy: Toy, tmp_path: Path
+) -> None:
+    """As one whose W&B does not answer when time is over. And where nothing new was left three times, it is held."""
+    run = tmp_path / "run"
+    how = toy.training(run, *HOW, "tracker.alert_command='grep -q preempted && sleep 60'", engine="one_process")
+    job = cluster.submit("train", *how, "NODES=1", "GPUS_PER_NODE=0", "GRACE=20", cwd=tmp_path)
+    log = run / f"slurm_{job}.log"
+    cluster.wait(lambda: images(run) > 0, log)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    cluster.wait(lambda: "preempted: requeued" in log.read_text(), log)
+    (script,) = (run / "snapshot").glob("*/job.sh")
+    begun = script.parent / f"begun_{job}"
+    assert "ended with" not in log.read_text() and len(begun.read_text().splitlines()) == 1
+
+    begun.write_text(3 * finished_pieces(script.read_text()))
+    cluster.requeued(job, 1, log)
+    cluster.wait(lambda: cluster.state(job) == "FAILED", log)
+    assert "left nothing new" in log.read_text() and "Slurm itself began it again" in log.read_text()
+    assert hosts(log) == ["n1"] and storage.read_json(RunDir(run).status)["cause"] == "error"
 
 
 def test_encoding_drawing_and_scoring(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
@@ -141,6 +166,21 @@ def test_the_host_of_the_script_itself_is_lost(cluster: Cluster, toy: Toy, tmp_p
     cluster.wait(lambda: images(run) > 0, log)
     first = hosts(log)[0][2]
     cluster.kill_node(f"n{first}")
+    cluster.requeued(job, 1, log)
+    cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
+    assert differing(run, undisturbed) == []
+
+
+@pytest.mark.faults
+def test_a_process_is_lost_while_the_controller_is_away(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    toy.train(undisturbed, *HOW).finish()
+    job = cluster.submit("train", *toy.training(run, *HOW), *WHERE, cwd=tmp_path)
+    log = run / f"slurm_{job}.log"
+    cluster.wait(lambda: images(run) > 0, log)
+    with cluster.controller_away():
+        cluster.training(run)[0].kill()
+        cluster.wait(lambda: "a process is lost, but Slurm does not answer" in log.read_text(), log)
     cluster.requeued(job, 1, log)
     cluster.wait(lambda: cluster.state(job) == "COMPLETED", log)
     assert differing(run, undisturbed) == []
