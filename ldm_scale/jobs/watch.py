@@ -129,8 +129,9 @@ def _digest(path: Path, written: int) -> str:
 
 def _over(run_dir: RunDir) -> str:
     """Why no checkpoint will come any more; empty while one may."""
-    state = storage.read_json(run_dir.status)["state"]
-    if state in _OVER:
+    status = storage.read_json(run_dir.status)
+    state = status["state"]
+    if state in _OVER and status.get("cause") != "lost":  # launchers start that again; a status of old has no cause
         return f"the training is {state}"
     signs = [file.stat().st_mtime for file in (run_dir.status, run_dir.metrics, run_dir.events) if file.exists()]
     silent_s = time.time() - max(signs)

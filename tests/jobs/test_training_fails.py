@@ -78,8 +78,9 @@ LOST = "rank 1 on n2 was lost: no sign of life for 6 s"
 )
 def test_what_is_lost_is_told_apart_from_errors(error: Exception, note: str, cause: str, tmp_path: Path) -> None:
     """A launcher starts the one again, the other not."""
+    RunDir(tmp_path).write_status("running", images=0)
     if note:
         error.add_note(note)
-    with pytest.raises(type(error)), train._status_kept(RunDir(tmp_path), train.Silent(), Startup()):
+    with pytest.raises(type(error)), kept(RunDir(tmp_path), train.Silent(), Startup()):
         raise error
     assert json.loads(RunDir(tmp_path).status.read_text())["cause"] == cause

@@ -94,14 +94,14 @@ def test_what_was_begun_comes_first_then_the_newest_and_again_what_was_gone_back
 
 def test_a_training_is_waited_for_while_it_may_go_on(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    for state in ("running", "preempted"):
-        run_dir.write_status(state, images=8)  # type: ignore[arg-type]
+    for state, cause in (("running", ""), ("preempted", ""), ("failed", "lost")):
+        run_dir.write_status(state, images=8, cause=cause)  # type: ignore[arg-type]
         run_dir.metrics.write_text("{}\n")
         assert watch._over(run_dir) == ""
         for file in (run_dir.status, run_dir.metrics):
             os.utime(file, (0, time.time() - 1.5 * watch.SILENT_S))
         assert watch._over(run_dir).startswith(f"the training is {state}, and gave no sign of life for 1.5 h")
-    run_dir.write_status("failed", images=8)
+    run_dir.write_status("failed", images=8, cause="error")
     assert watch._over(run_dir) == "the training is failed"
 
 
