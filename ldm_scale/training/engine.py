@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -581,7 +582,9 @@ def _wait_long(group: dist.ProcessGroup | None) -> None:
     Set once the group is there, so that a process that never comes is missed by torch's own limit.
     """
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(runtime.PATIENCE, group)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its public name is younger than the oldest torch here
+            dist.distributed_c10d._set_pg_timeout(runtime.PATIENCE, group)
 
 
 def _require_rendezvous() -> None:
