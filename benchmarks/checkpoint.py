@@ -67,7 +67,7 @@ class Training:
         self._checkpoints = Checkpoints(
             folder / "checkpoints", masters=self._engine.masters, ema=self._ema, module=self._engine.module, keep_last=1
         )
-        width = self._engine.module[0].in_features  # type: ignore[index, union-attr]
+        width = self._engine.module[0].in_features  # type: ignore[index]
         self._x_BD = torch.randn(BATCH, int(width), device=self._engine.device)
         self.steps_beside, self.seconds_beside = 0, 0.0
 
@@ -97,7 +97,8 @@ class Training:
 
     def waited_for(self, number: int) -> float:
         """Save, and wait for it."""
-        return timed(lambda: (self._checkpoints.save({"images_seen": number}), self._checkpoints.drain()))
+        saved = timed(lambda: self._checkpoints.save({"images_seen": number}))
+        return saved + timed(self._checkpoints.drain)
 
     def by_torch(self, number: int) -> float:
         """`torch.save` and fsync, over the file before it."""

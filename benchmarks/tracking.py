@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from data_tools.make_toy_world import Recipe, write_world
-from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.run_dir import RunDir, State
 from ldm_scale.jobs import config, train
 from ldm_scale.tracking.tracker import JsonLines
 from ldm_scale.tracking.weights_and_biases import Wandb
@@ -93,7 +93,12 @@ def main() -> None:
         for name in names:
             timed(owner, name)
     finish = Wandb.finish
-    Wandb.finish = lambda self, state: (cpu.append(cpu_of_children()), finish(self, state))[1]  # type: ignore[method-assign]
+
+    def finish_noted(self: Wandb, state: State) -> None:
+        cpu.append(cpu_of_children())
+        finish(self, state)
+
+    Wandb.finish = finish_noted  # type: ignore[method-assign]
     total = options.steps * options.batch
     with tempfile.TemporaryDirectory() as where:
         os.chdir(where)

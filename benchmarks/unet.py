@@ -40,7 +40,7 @@ def networks(channels: int, blocks: int) -> dict[str, nn.Module]:
         in_channels=4, out_channels=4, model_channels=channels, channel_mult=[1, 2, 4, 4], num_res_blocks=blocks,
         attention_factors=[1, 2, 4], num_heads=HEADS, context_dim=CONTEXT_DIM,
     )  # fmt: skip
-    theirs = diffusers.UNet2DConditionModel(
+    theirs: Any = diffusers.UNet2DConditionModel(
         block_out_channels=tuple(config.widths),
         layers_per_block=blocks,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -52,7 +52,7 @@ def networks(channels: int, blocks: int) -> dict[str, nn.Module]:
     ours = config.build()
     with torch.no_grad():
         for parameter in ours.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return {"ours": ours, "theirs": theirs}
 
@@ -145,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = options.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    diffusers.logging.set_verbosity_error()  # it warns of `to(dtype)`, about modules that this network does not have
+    diffusers.utils.logging.set_verbosity_error()  # it warns of `to(dtype)`, about modules that are not here
     print(
         f"{platform.machine()}, {_device()}, {threads} threads, torch {torch.__version__}, diffusers "
         f"{diffusers.__version__}, {options.channels} channels, {options.blocks} blocks, batch {options.batch}; load "
@@ -155,7 +155,7 @@ def main() -> None:
         for mode in ("eager", "compiled"):
             steps = {}
             for name, network in networks(options.channels, options.blocks).items():
-                ready = network if mode == "eager" else torch.compile(network)
+                ready: Any = network if mode == "eager" else torch.compile(network)
                 steps[name] = step_of(name, ready, options.batch, dtype, _device())
             best = best_seconds(steps, options.passes)
             print(
