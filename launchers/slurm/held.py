@@ -15,7 +15,7 @@ def main(reason: str, overrides: list[str]) -> None:
     job = config.compose("train", overrides)
     run_dir = RunDir(Path(job.run_dir))
     tracker = job.tracker.files(run_dir)
-    train.write_failed(run_dir, tracker, reason)
+    train.write_failed(run_dir, tracker, reason, None)
     tracker.finish("failed")
 
 

@@ -185,6 +185,8 @@ class SampleSource(ABC, Generic[BatchOut]):
     order_id: str
     """Which samples the numbers mean."""
     prepare: Prepare | None
+    bytes_read = 0
+    """So far in this process: of latents and embeddings, or of images as they are stored."""
 
     @abstractmethod
     def buffer(self, batch: int, *, pinned: bool) -> Buffer:
@@ -284,6 +286,7 @@ class LatentSource(SampleSource[LatentBatch]):
             return self.substitutes.choose(position, attempt)
 
         self.substitutes.count(len(positions))
+        self.bytes_read += sum(part[0].nbytes for part in (out.samples, out.inputs) if part is not None) * len(rows)
         mirrored = None
         if self._mirror:
             mirrored = (rng.uniform(self._seed, "mirror", torch.from_numpy(positions)) < 0.5).tolist()
@@ -353,6 +356,7 @@ class ImageSource(SampleSource[ImageBatch]):
             return sample
 
         read = list(self._pool.map(one, range(len(positions))))
+        self.bytes_read += sum(len(sample.image or b"") for sample in read)
         keys, captions = [sample.key for sample in read], [sample.caption for sample in read]
         return keys, captions if self._captions is None else self._captions(keys, captions, positions)
 
@@ -423,6 +427,7 @@ class MixedSource(SampleSource[BatchOut]):
                 found = source.fill(out, [rows[i] for i in here], positions[here], own_B[here])
                 for i, key, caption in zip(here, *found, strict=True):
                     keys[i], captions[i] = key, caption
+        self.bytes_read = sum(source.bytes_read for source in self.sources.values())
         return keys, captions
 
     def batch(

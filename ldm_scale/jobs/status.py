@@ -3,9 +3,9 @@
     python -m ldm_scale.jobs.status RUNS ... [--json] [--stale SECONDS]      e.g. runs
 
 A run's last sign of life is the newest time in its status, metrics and events. One that says `running` and gave no sign
-for long is `stale`: killed, hung, or in one long evaluation. GPU hours count from each launch to the last sign of it
-that is left: what a killed process logged after its last checkpoint is taken back when the run goes on. They are told
-as spent / at completion / planned (`plan --keep`), and in money too where tracker.gpu_hour_price is set.
+for long is `stale`: killed, hung, or in one long evaluation. GPU hours count from each launch to the last sign of it,
+with starting up and what a crash lost. They are told as spent / at completion / planned (`plan --keep`), and in money
+too where tracker.gpu_hour_price is set.
 """
 
 import argparse
@@ -27,10 +27,7 @@ from rich.text import Text
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking.cost import Cost, Forecast
-from ldm_scale.tracking.goodput import LAUNCHES
-
-STALE_S = 900.0
-"""Seconds without a sign of life after which a running run counts as stale."""
+from ldm_scale.tracking.goodput import STALE_S, Launch, state_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,16 +73,15 @@ class RunStatus:
         metrics, events = run_dir.read_lines(run_dir.metrics), run_dir.read_lines(run_dir.events)
         signs = sorted({status["time"], *(line["time"] for line in (*metrics, *events))})
         age = now - signs[-1]
-        running = status["state"] == "running"
-        state = "stale" if running and age > stale_s else str(status["state"])
+        state = state_of(status, silent_s=age, stale_s=stale_s)
         images = max([status["images"], *(line["images_seen"] for line in metrics[-1:])])
         rate, total = _last(metrics, "perf/images_per_s"), config.get("total_images")
-        launches = [event for event in events if event["event"] in LAUNCHES]
-        launched = launches[-1]["time"] if launches else 0.0
+        launches = Launch.all_of(metrics, events)
+        launched = launches[-1].began if launches else 0.0
         alerts = [alert["alert"] for alert in run_dir.read_lines(run_dir.alerts) if alert["time"] >= launched]
         saved = [file.stat().st_mtime for file in run_dir.checkpoints.glob("images_*[0-9]/complete.json")]
         plan = storage.read_json(run_dir.plan) if run_dir.plan.exists() else {}
-        forecast = Forecast.of(plan, launches[-1]["world"] if launches else 0)
+        world = launches[-1].world if launches else 0
         return cls(
             run=str(run_dir.path),
             state=state,
@@ -100,8 +96,8 @@ class RunStatus:
             heartbeat_age_s=age,
             alerts=len(alerts),
             last_alert=alerts[-1] if alerts else "",
-            gpus=launches[-1]["world"] if launches else 0,
-            cost=Cost.of(config, launches, signs, done=total and images / total, forecast=forecast),
+            gpus=world,
+            cost=Cost.of(config, launches, images=images, total=total, forecast=Forecast.of(plan, world)),
             restarts=max(0, len(launches) - 1),
             host=status["host"],
         )

@@ -33,6 +33,7 @@ from ldm_scale.training.loop import Clock, Due, Outcome, Run, fit
 from ldm_scale.training.movement import Movement
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter, peak_flops
+from ldm_scale.training.unread import Unread
 from ldm_scale.training.watchdog import Watchdog, is_loss
 
 log = runtime.logger(__name__)
@@ -103,7 +104,7 @@ def _train(launch: _Launch) -> Outcome:
         run_dir.path / "stacks",
         minutes=job.guard.watchdog_minutes,
         phase_minutes=job.guard.phase_minutes,
-        on_end=lambda reason: _ended(job, run_dir, lease, launch.tracker, reason),
+        on_end=lambda reason: _ended(job, run_dir, lease, launch.tracker, reason, launch.startup),
     )
     launch.startup.mark("process_group")
     try:
@@ -119,12 +120,9 @@ def _train(launch: _Launch) -> Outcome:
 
 def _watched(launch: _Launch, engine: Engine, watchdog: Watchdog, parent: branch.Parent | None) -> Outcome:
     job, run_dir, tracker, startup = launch.job, launch.run_dir, launch.tracker, launch.startup
-
-    def on_bad(key: str, reason: str, position: int) -> None:
-        tracker.event(position, "bad_sample", key=key, reason=reason)
-
     torch.manual_seed(job.seed)
-    stage = stage_of(job, engine.device, on_bad)
+    unread = Unread()
+    stage = stage_of(job, engine.device, unread)
     startup.mark("data_and_model")
     stage.prepare(engine, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
@@ -139,11 +137,15 @@ def _watched(launch: _Launch, engine: Engine, watchdog: Watchdog, parent: branch
         parent.require_fits(stage.state())
         state = parent.begin(engine, ema, checkpoints)
     startup.mark("checkpoint")
-    under_way = _assemble(launch, engine, stage, ema, checkpoints, watchdog, state)
+    under_way = _assemble(launch, engine, stage, ema, checkpoints, watchdog, unread, state)
     launch.at_end.callback(under_way.loader.close)
     born = None if parent is None else parent.described()
     _recorded(launch, stage, under_way, "start" if newest is None else "resume", damaged=damaged, parent=born)
-    outcome = fit(under_way)
+    try:
+        outcome = fit(under_way)
+    except Exception:
+        unread.tell_own(tracker, under_way.images_seen)
+        raise
     with watchdog.phase("save"):
         checkpoints.drain()
     checkpoints.release()
@@ -214,6 +216,7 @@ def _assemble(
     ema: EMA,
     checkpoints: Checkpoints,
     watchdog: Watchdog,
+    unread: Unread,
     state: dict[str, Any] | None,
 ) -> Run:
     """The parts of a training and how far it has come, for the loop."""
@@ -260,6 +263,7 @@ def _assemble(
         tracker=tracker,
         meter=meter,
         intake=stage.intake,
+        unread=unread,
         movement=Movement(engine.masters, stage.module.part_of),
         startup=startup,
         preemption=launch.preemption,
@@ -279,6 +283,7 @@ def _assemble(
         save_clock=Clock(job.every.save),
         images_seen=0 if state is None else int(state["images_seen"]),
         due=Due(job.every.evaluate > 0, job.every.sample > 0) if state is None else _still_due(run_dir, state),
+        line_loss=None if state is None else state.get("line_loss"),
     )
 
 
@@ -325,7 +330,7 @@ def _status_kept(run_dir: RunDir, lease: Lease, tracker: Tracker, startup: Start
     except Exception as error:
         if lease.has_run:
             reason = "".join(traceback.format_exception_only(error)).strip()
-            write_failed(run_dir, tracker, reason)
+            write_failed(run_dir, tracker, reason, startup)
             tracker.finish("failed")
         if startup.is_over:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -333,21 +338,25 @@ def _status_kept(run_dir: RunDir, lease: Lease, tracker: Tracker, startup: Start
         raise
 
 
-def _ended(job: TrainJob, run_dir: RunDir, lease: Lease, tracker: Tracker, reason: str) -> None:
+def _ended(job: TrainJob, run_dir: RunDir, lease: Lease, tracker: Tracker, reason: str, startup: Startup) -> None:
     """For the watchdog: tell that training failed, on rank 0, or where that is lost on whichever comes first."""
     if runtime.is_main():
-        write_failed(run_dir, tracker, reason)
+        write_failed(run_dir, tracker, reason, startup)
         lease.close()
         return
     with contextlib.suppress(FileExistsError), open(run_dir.told, "x"):
-        write_failed(run_dir, job.tracker.files(run_dir), reason)
+        write_failed(run_dir, job.tracker.files(run_dir), reason, startup)
 
 
-def write_failed(run_dir: RunDir, tracker: Tracker, reason: str) -> None:
-    """Say in status, events and alerts that a training failed, and why."""
+def write_failed(run_dir: RunDir, tracker: Tracker, reason: str, startup: Startup | None) -> None:
+    """Say in status, events and alerts that a training failed, and why.
+
+    startup  of this process; None where it is no training, which costs no GPU hours
+    """
     images, reason = _images(run_dir), without_secrets(reason)
     run_dir.write_status("failed", images=images, reason=reason, cause="lost" if is_loss(reason) else "error")
-    tracker.event(images, "failed", reason=reason)
+    lived = {} if startup is None else {"launched": startup.launched, "world": runtime.world()}
+    tracker.event(images, "failed", reason=reason, **lived)
 
 
 def _rewind(run_dir: RunDir, meter: Meter, images: int) -> None:

@@ -1,14 +1,15 @@
 """What a run costs, and what was foretold of it: GPU hours, money, speed.
 
-GPU hours count from each launch to the last sign of it that is left. A forecast is what `python -m
-ldm_scale.jobs.plan --keep` wrote into the run directory; of the numbers of GPUs in it, that of the last launch counts.
+GPU hours count from each launch to the last sign of it: starting up is in them, and work that was lost. A forecast is
+what `python -m ldm_scale.jobs.plan --keep` wrote into the run directory; of the numbers of GPUs in it, that of the last
+launch counts.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ldm_scale.tracking.goodput import gpu_hours
+from ldm_scale.tracking.goodput import Launch, gpu_hours
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class Cost:
 
     spent: float
     at_completion: float | None
-    """If the rest costs what the beginning did; None where nothing is known of the end."""
+    """If an image costs in the end what it did so far; None where nothing is known of the end, or none was seen."""
     planned: float | None
     price: float | None
     """Of a GPU hour, in any money."""
@@ -51,23 +52,22 @@ class Cost:
     def of(
         cls,
         config: Mapping[str, Any],
-        launches: Sequence[Mapping[str, Any]],
-        signs: Sequence[float],
+        launches: Sequence[Launch],
         *,
-        done: float | None,
+        images: int,
+        total: int | None,
         forecast: Forecast | None,
     ) -> Self:
         """Add it up.
 
         config    the run's; one from before there was a price has none
-        launches  events that began one, in order
-        signs     moments at which the run is known to have lived, in seconds since the epoch
-        done      share of the run's images that were seen
+        images    seen so far, of `total`; a branch pays for none of its parent's
         """
-        spent = gpu_hours(launches, signs)(float("inf"))
+        spent = gpu_hours(launches)(float("inf"))
+        begun = launches[0].images_seen if launches else 0
         return cls(
             spent=spent,
-            at_completion=spent / done if done else None,
+            at_completion=None if total is None or images <= begun else spent * (total - begun) / (images - begun),
             planned=None if forecast is None else forecast.gpu_hours,
             price=config.get("tracker", {}).get("gpu_hour_price"),
         )

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 
 LAUNCHES = ("start", "resume")
 """Events that begin a launch."""
+STALE_S = 900.0
+"""Seconds without a sign of life after which a running run counts as stale."""
 LOST = ("data", "checkpoint", "evaluation", "startup", "idle", "replay")
 _MEASURED = ("train", *LOST[:-1])  # replay is the rest
 
@@ -62,23 +63,52 @@ class Ledger:
         return {"perf/goodput": shares["train"], **lost, "perf/lost_replay": replay, "perf/hours": allocated / 3600}
 
 
+@dataclass(slots=True)
+class Launch:
+    """Processes that were started together, and how long they are known to have lived."""
+
+    world: int
+    began: float
+    """When rank 0 was started, in seconds since the epoch."""
+    ended: float
+    """The last sign of them."""
+    images_seen: int
+    """Where they began."""
+
+    @classmethod
+    def all_of(cls, metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[Self]:
+        """Those of a run, in order, by what it left; not what was made beside it.
+
+        What a killed launch logged after its last checkpoint is taken back; the next one's event tells how long nobody
+        lived before it, and so how long that launch did. One that failed before it began says so in `failed`. Where
+        that tells of no process, a queue said it.
+        """
+        found: list[Self] = []
+        for line in sorted([*metrics, *events], key=lambda line: line["time"]):
+            kind, began = line.get("event"), line.get("launched")
+            failed_early = kind == "failed" and began is not None and (not found or began > found[-1].ended)
+            if kind in LAUNCHES or failed_early:
+                began = line["time"] if began is None else began
+                if found and "idle_s" in line:
+                    found[-1].ended = began - line["idle_s"]
+                found.append(cls(line["world"], began, line["time"], line["images_seen"]))
+            elif found and (kind != "failed" or began is not None):
+                found[-1].ended = line["time"]
+        return found
+
+
 def idle_before(run_dir: RunDir, launched: float) -> float:
     """Seconds between the last sign of life in a run directory and a process that started at `launched`."""
-    signs = [line["time"] for file in (run_dir.metrics, run_dir.events) for line in run_dir.read_lines(file)]
-    if run_dir.status.exists():
-        signs.append(storage.read_json(run_dir.status)["time"])
-    return launched - max((sign for sign in signs if sign < launched), default=launched)
+    before = Launch.all_of(run_dir.read_lines(run_dir.metrics), run_dir.read_lines(run_dir.events))
+    return max(0.0, launched - before[-1].ended) if before else 0.0
 
 
-def gpu_hours(launches: Sequence[Mapping[str, Any]], signs: Sequence[float]) -> Callable[[float], float]:
-    """GPU hours spent by a moment: from each launch to the last sign of life before the next one, times its processes.
+def state_of(status: Mapping[str, Any], *, silent_s: float, stale_s: float = STALE_S) -> str:
+    """A run's state; `stale` where it says that it is running and gave no sign for too long: killed, perhaps."""
+    state = str(status["state"])
+    return "stale" if state == "running" and silent_s > stale_s else state
 
-    launches  events that began one, in order
-    signs     moments at which the run is known to have lived, in seconds since the epoch
-    """
-    ends = [*(launch["time"] for launch in launches[1:]), float("inf")][: len(launches)]
-    spans = []
-    for launch, end in zip(launches, ends, strict=True):
-        lived = [sign for sign in signs if launch["time"] <= sign < end]
-        spans.append((launch["world"], launch["time"], max(lived, default=launch["time"])))
-    return lambda now: sum(world * max(0.0, min(now, end) - begin) for world, begin, end in spans) / 3600
+
+def gpu_hours(launches: Sequence[Launch]) -> Callable[[float], float]:
+    """GPU hours spent by a moment: from each launch to the last sign of it, times its processes."""
+    return lambda now: sum(one.world * max(0.0, min(now, one.ended) - one.began) for one in launches) / 3600

@@ -118,8 +118,12 @@ PANELS = (
     Panel("B10", "Skipped, non-finite, spikes", (), "any", "events `trouble` and `rollback`, with keys"),
     Panel(
         "C11", "Validation loss, averaged and raw weights",
-        ("val/loss", "val/loss_raw", "val/loss_ema", "val/loss_ema*[!t]???"), "the gap to training grows",
+        ("val/loss", "val/loss_raw", "val/loss_ema", "val/loss_ema*[!t]???"), "it rises again",
         "diffusion models", best="min",
+    ),
+    Panel(
+        "C11", "Gap: raw weights' validation loss less their training loss", ("val/gap",), "it grows",
+        "diffusion models scored in training",
     ),
     Panel(
         "C12", "Validation loss by timestep", ("val/loss_t???",), "one bucket moves alone", "diffusion models",
@@ -133,13 +137,14 @@ PANELS = (
         "C13", "Caption gap", ("val/caption_gap",), "0 or less after 5M images: the text path is broken",
         "models told something",
     ),
-    Panel(
-        "D14", "Distance to real images", ("eval/fid*", "eval/fd_*", "eval/kid*", "eval/kd*"), "not falling",
-        best="min",
-    ),
+    Panel("D14", "Distance to real images", ("eval/fid*", "eval/fd_*"), "not falling", best="min"),
     Panel(
         "D15", "Guidance: distance against CLIP score", (), "no guidance is good at both",
-        "`evaluate.py guidances=[...]`: docs/evaluation.md",
+        "report: curve and table, after `evaluate.py guidances=[...]`",
+    ),
+    Panel(
+        "D16", "Kernel distance to real images", ("eval/kid*", "eval/kd_*"), "not falling",
+        "with `kernel` in evaluation.scores", best="min",
     ),
     Panel(
         "D16", "Caption accuracy", ("eval/*accuracy*",), "not rising", "the toy world", "share of images", best="max"
@@ -172,6 +177,7 @@ PANELS = (
     Panel("E21", "Time of a step", ("perf/step_ms", "perf/own_ms*"), "max over median above 1.2", unit="ms"),
     Panel("E21", "Slowest rank", ("perf/slowest_rank",), "always the same", "several processes", "rank"),
     Panel("E22", "Waiting for data, worst rank", ("perf/data_wait*",), "above 0.02", unit="share of time"),
+    Panel("E22", "Read, slowest rank", ("perf/read_mb_per_s*",), "it falls where waiting grows", unit="MB/s"),
     Panel("E23", "Memory, worst rank", ("perf/memory_gb*", "perf/host_gb*"), "creeping", unit="GB"),
     Panel("E24", "Power of the GPU", ("perf/gpu_power_w*",), "one is low: it waits, or is throttled", "GPUs", "W"),
     Panel("E24", "Clock of the slowest GPU", ("perf/gpu_clock_mhz*",), "it falls: throttled", "GPUs", "MHz"),
@@ -184,6 +190,10 @@ PANELS = (
     Panel(
         "F27", "Bad and removed samples", ("data/bad", "data/*/bad", "data/removed", "data/*/removed"),
         "above 0.1% of images", unit="share of samples",
+    ),
+    Panel(
+        "F27", "Not read, by reason, since the launch", ("data/unread_*",), "any but `removed`",
+        "once there are some; events `unread` have keys", "samples",
     ),
     Panel(
         "F27", "Own captions", ("data/own_caption", "data/*/own_caption"), "unexpected", "caption files",

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from ldm_scale.training.movement import Movement
 from ldm_scale.training.steps import Metrics, Step
 from ldm_scale.training.telemetry import Startup
 from ldm_scale.training.throughput import Meter
+from ldm_scale.training.unread import Unread
 from ldm_scale.training.watchdog import Watchdog
 
 Outcome = Literal["finished", "preempted", "stopped"]
@@ -70,6 +72,7 @@ class Run:
     tracker: Tracker
     meter: Meter
     intake: Intake
+    unread: Unread
     movement: Movement
     startup: Startup
     preemption: runtime.Preemption
@@ -92,6 +95,8 @@ class Run:
     save_clock: Clock
     images_seen: int
     due: Due
+    line_loss: float | None
+    """Of a diffusion model: the loss of the last log line, every range of timesteps alike, as `val/loss` is."""
 
 
 def fit(run: Run) -> Outcome:
@@ -201,7 +206,7 @@ def _roll_back(run: Run, trouble: Trouble) -> None:
         state = run.checkpoints.load(newest)
     # After the renaming: a kill in between meets the same trouble again, and not what came after it.
     begin, end = run.guard.pass_over(trouble)
-    run.images_seen, run.due = state["images_seen"], Due(**state["due"])
+    run.images_seen, run.due, run.line_loss = state["images_seen"], Due(**state["due"]), state.get("line_loss")
     run.guard.resume(state)
     run.step.resume(state)
     run.rewind(run.images_seen)
@@ -217,10 +222,16 @@ def _log(run: Run, metrics: Metrics, rate: float) -> str:
     squares |= {f"train/ema_distance_{half_life}": ratio for half_life, ratio in run.ema.distances().items()}
     means, spread = run.intake.since_last_line()
     squares |= spread
-    values = run.engine.mean_over_ranks({**metrics, **shares}, {**squares, **means, **run.step.since_last_line()})
+    unread = {"unread": torch.tensor(float(len(run.unread)))}
+    ratios = {**squares, **means, **run.step.since_last_line()}
+    values = run.engine.mean_over_ranks({**metrics, **shares, **unread}, ratios)
+    if values.pop("unread"):
+        run.unread.tell(run.tracker, run.images_seen)
+    by_timestep = [value for name, value in values.items() if name.startswith("train/loss_t")]
+    run.line_loss = fmean(by_timestep) if by_timestep else None
     values |= {name: math.sqrt(values[name]) for name in squares if name in values}
-    values |= run.intake.expected() | run.guard.clipped() | run.source.counts(run.images_seen)
-    speed = run.meter.read()
+    values |= run.intake.expected() | run.guard.clipped() | run.source.counts(run.images_seen) | run.unread.counts()
+    speed = run.meter.read(run.source.bytes_read)
     if runtime.is_main():
         speed |= run.checkpoints.numbers(run.images_seen)
     if run.meter.straggler is not None:
@@ -241,7 +252,7 @@ def _looked(run: Run) -> bool:
         with run.watchdog.phase("evaluation"), run.meter.pause("evaluation"):
             if run.due.evaluate:
                 for found in run.evaluate():
-                    run.tracker.log(run.images_seen, found.scores)
+                    run.tracker.log(run.images_seen, found.scores | _gap(run, found.scores))
                     run.tracker.event(run.images_seen, "evaluation", scores=found.scores, **found.conditions)
                 run.due = replace(run.due, evaluate=False)
             if run.due.show:
@@ -252,11 +263,18 @@ def _looked(run: Run) -> bool:
     return True
 
 
+def _gap(run: Run, scores: dict[str, float]) -> dict[str, float]:
+    """By how much the held-out loss of the weights that train is above their training loss, once both are known."""
+    held_out = scores.get("val/loss_raw")
+    return {} if held_out is None or run.line_loss is None else {"val/gap": held_out - run.line_loss}
+
+
 def _save(run: Run) -> None:
     with run.watchdog.phase("save"), run.meter.pause("checkpoint"):
         own = {
             "images_seen": run.images_seen,
             "due": asdict(run.due),
+            "line_loss": run.line_loss,
             "guard": run.guard.state(),
             "step": run.step.state(),
         }

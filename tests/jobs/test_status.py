@@ -69,6 +69,15 @@ def test_cost_is_told_as_spent_at_completion_and_planned(tmp_path: Path, capsys:
     assert "2.0 / 10.0 / 8.0" in said and "5.0 / 25.0 / 20.0" in said
 
 
+def test_a_branch_pays_for_its_own_images_only(tmp_path: Path) -> None:
+    """Two GPU hours for the second hundred images of a thousand: eighteen for the nine hundred."""
+    run_dir = a_run(tmp_path)
+    (start,) = run_dir.read_lines(run_dir.events)
+    run_dir.events.write_text(json.dumps(start | {"images_seen": 100}) + "\n")
+    found = RunStatus.read(run_dir, now=BEGAN + 1830).cost
+    assert (found.spent, found.at_completion) == (pytest.approx(2), pytest.approx(18))
+
+
 @pytest.mark.parametrize("age, state", [(899, "running"), (901, "stale")])
 def test_a_run_that_says_nothing_for_long_is_stale(tmp_path: Path, age: float, state: str) -> None:
     found = RunStatus.read(a_run(tmp_path), now=BEGAN + 1800 + age)

@@ -98,7 +98,9 @@ def test_a_live_run_goes_on_with_a_shard_encoded_again_samples_removed_and_new_c
     first, second = (launch["data"] for launch in repro.launches(run_dir))
     assert first["order_id"] == second["order_id"] and first["content_id"] != second["content_id"]
     events = run_dir.read_lines(run_dir.events)
-    assert {event["key"] for event in events if event.get("reason") == "removed"} == set(gone)
+    unread = [one for event in events if event["event"] == "unread" for one in event["samples"]]
+    assert {one["key"] for one in unread if one["reason"] == "removed"} == set(gone)
+    assert curve(run_dir, "data/unread_removed")[-1] == 2
     assert "data.captions.file" in next(event["changed"] for event in events if event["event"] == "resume")
     assert curve(run_dir, "data/removed")[-1] > 0 == curve(run_dir, "data/bad")[-1]
     assert curve(run_dir, "data/own_caption")[-1] == 0

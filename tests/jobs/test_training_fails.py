@@ -59,7 +59,7 @@ def test_the_watchdog_where_rank_0_is_lost(tmp_path: Path, monkeypatch: pytest.M
     run_dir, job = RunDir(tmp_path), a_job(tmp_path)
     monkeypatch.setenv("RANK", "5")
     for _ in range(3):  # of 511 ranks
-        train._ended(job, run_dir, Lease(run_dir, "training"), train.Silent(), "rank 0 was lost")
+        train._ended(job, run_dir, Lease(run_dir, "training"), train.Silent(), "rank 0 was lost", Startup())
     assert told(run_dir) == [("failed", "rank 0 was lost"), ("failed", ""), ("failed", "")]
 
 

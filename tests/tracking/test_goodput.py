@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.tracking.goodput import LOST, Ledger, idle_before
+from ldm_scale.tracking.goodput import LOST, Launch, Ledger, gpu_hours, idle_before
 
-FIRST = {"event": "start", "launched": 1000.0, "idle_s": 0.0, "time": 1010.0, "images_seen": 0}
+FIRST = {"event": "start", "launched": 1000.0, "idle_s": 0.0, "time": 1010.0, "images_seen": 0, "world": 1}
 SPENT = {"data": 5.0, "forward_backward": 60.0, "optimizer": 10.0, "evaluation": 8.0, "checkpoint": 2.0, "other": 5.0}
 
 
@@ -48,9 +47,8 @@ def test_a_kill_and_a_resume(run_dir: RunDir) -> None:
     ledger.add(SPENT)
     kept = logged(ledger, 1100, 100)
     write(run_dir.metrics, kept, {"images_seen": 150, "time": 1150.0})
-    storage.write_json(run_dir.status, {"time": 1011.0})
     assert idle_before(run_dir, 1180.0) == 30
-    resume = {"event": "resume", "launched": 1180.0, "idle_s": 30.0, "time": 1200.0, "images_seen": 100}
+    resume = {"event": "resume", "launched": 1180.0, "idle_s": 30.0, "time": 1200.0, "images_seen": 100, "world": 1}
     write(run_dir.events, FIRST, resume)
     write(run_dir.metrics, kept)  # as the tracker does at the start
     ledger = Ledger.read(run_dir)
@@ -72,3 +70,41 @@ def test_a_launch_of_which_no_number_is_left(run_dir: RunDir) -> None:
 
 def test_nobody_waited_for_the_first_launch(tmp_path: Path) -> None:
     assert idle_before(RunDir(tmp_path), 1000.0) == 0
+
+
+def launch(event: str, launched: float, *, world: int = 4, idle_s: float = 0.0) -> dict[str, Any]:
+    """One that took 600 s to start."""
+    took = {"launched": launched, "time": launched + 600, "idle_s": idle_s}
+    return {"event": event, **took, "world": world, "images_seen": 0}
+
+
+HISTORIES: dict[str, tuple[list[dict[str, Any]], float]] = {
+    "starting up costs": ([launch("start", 0)], 4 * 1800),
+    "what a crash lost costs, and a smaller world less": (
+        [launch("start", 0), launch("resume", 9000, world=2, idle_s=6000)], 4 * 3000 + 2 * 600,
+    ),
+    "a queue that holds it does not": (
+        [launch("start", 0), {"event": "failed", "reason": "held: 3 attempts", "time": 90_000.0}], 4 * 1800,
+    ),
+    "one that hangs and fails does": (
+        [launch("start", 0), {"event": "failed", "launched": 0.5, "world": 4, "time": 2700.0}], 4 * 2700,
+    ),
+    "so does one that fails before it begins, but not the time before it": (
+        [launch("start", 0), {"event": "failed", "launched": 9000.0, "world": 4, "time": 9100.0, "images_seen": 0}],
+        4 * 1800 + 4 * 100,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_gpu_hours(name: str) -> None:
+    """A line at 1800 s is all that is left of the first launch."""
+    events, seconds = HISTORIES[name]
+    launches = Launch.all_of([{"images_seen": 100, "time": 1800.0}], events)
+    assert gpu_hours(launches)(1e9) * 3600 == pytest.approx(seconds)
+    assert gpu_hours(launches)(600) * 3600 == pytest.approx(4 * 600)
+
+
+def test_a_queue_that_holds_a_run_is_no_sign_of_life(run_dir: RunDir) -> None:
+    write(run_dir.events, FIRST, {"event": "failed", "reason": "held", "time": 5000.0})
+    assert idle_before(run_dir, 5010.0) == 4000

@@ -39,7 +39,7 @@ def trained(engine: Any, path: Path, source: Any = None, **how: Any) -> tuple[di
 def events(path: Path) -> Any:
     run_dir = RunDir(path)
     lines = run_dir.read_lines(run_dir.events)
-    return {name: [line for line in lines if line["event"] == name] for name in ("trouble", "rollback")}
+    return {name: [line for line in lines if line["event"] == name] for name in ("trouble", "rollback", "unread")}
 
 
 def test_usual_is_the_plain_mean_at_first_and_forgets_later() -> None:
@@ -181,6 +181,9 @@ def test_skip_takes_no_step_on_any_rank_and_goes_on(skipped: Found) -> None:
     assert ranks[0]["digest"] == ranks[1]["digest"]
     assert [line["samples"][0] for line in told["trouble"]] == [NAN]
     assert ranks[0]["starts"] == list(range(0, guarded.TOTAL, 4))
+    (unread,) = told["unread"]  # rank 0 writes down what rank 1 could not read
+    assert unread["images_seen"] == 8 and unread["reasons"] == {"checksum_txt": 1}
+    assert unread["samples"] == [{"key": "lost", "reason": "checksum_txt", "position": 3, "rank": 1}]
 
 
 @pytest.mark.slow

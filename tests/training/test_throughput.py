@@ -95,8 +95,8 @@ def test_rates_are_of_the_time_that_was_trained(monkeypatch: pytest.MonkeyPatch)
     with meter.pause("evaluation"):
         clock.now += 1000
     clock.after(0.4, meter, "ema")
-    read = meter.read()
-    assert read["perf/images_per_s"] == pytest.approx(50)
+    read = meter.read(20_000_000)
+    assert read["perf/images_per_s"] == pytest.approx(50) and read["perf/read_mb_per_s"] == pytest.approx(5)
     assert read["perf/mfu"] == pytest.approx(50 * 10 / 1000)
     assert read["perf/data_wait"] == pytest.approx(0.1)
     assert read["perf/step_ms"] == pytest.approx(1000)
@@ -106,7 +106,8 @@ def test_rates_are_of_the_time_that_was_trained(monkeypatch: pytest.MonkeyPatch)
     assert meter.ledger.seconds["evaluation"] == 1000 and meter.ledger.seconds["train"] == pytest.approx(3.6)
     meter.step(50)
     clock.after(1.0, meter, "forward_backward")
-    assert meter.read()["perf/data_wait"] == 0
+    later = meter.read(23_000_000)
+    assert later["perf/data_wait"] == 0 and later["perf/read_mb_per_s"] == pytest.approx(3)
 
 
 def test_an_engine_tells_what_has_ended() -> None:

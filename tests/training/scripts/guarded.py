@@ -34,6 +34,7 @@ from ldm_scale.training.movement import Movement
 from ldm_scale.training.steps import Metrics
 from ldm_scale.training.telemetry import Ranks, Startup
 from ldm_scale.training.throughput import Meter
+from ldm_scale.training.unread import Unread
 from ldm_scale.training.watchdog import Watchdog
 
 TOTAL, SAVE, POISONED = 80, 16, 37
@@ -61,6 +62,7 @@ class Source:
     """Position p is sample p; the target of one of them is multiplied by what makes it no number, or large."""
 
     order = Order()
+    bytes_read = 0
 
     def __init__(self, poisoned: int = POISONED, factor: float = torch.nan) -> None:
         self.poisoned, self.factor = poisoned, factor
@@ -130,14 +132,14 @@ def training(
     run = Run(
         engine=engine, step=step, source=source, learning_rate=lambda _: 1e-3, ema=ema, checkpoints=checkpoints,
         loader=Loader(source, global_batch=8, micro_batch=2, rank=engine.rank, world=engine.world),
-        tracker=tracker, meter=meter, intake=Intake(shown=0),
+        tracker=tracker, meter=meter, intake=Intake(shown=0), unread=Unread(),
         movement=Movement(engine.masters, tiny.part_of), startup=Startup(), preemption=runtime.Preemption(),
         control=Control(run_dir), guard=guard, garbage=GarbageCollection(3),
         watchdog=Watchdog(path / "stacks", minutes=1, phase_minutes=1, on_end=lambda reason: None),
         rewind=lambda to: tracker.start({}, resume_at=to), evaluate=list,
         show=lambda _: None, state={}, global_batch=8, total_images=TOTAL, log_clock=Clock(log_every),
         sample_clock=Clock(0), evaluate_clock=Clock(0), save_clock=Clock(SAVE), images_seen=images,
-        due=Due(False, False),
+        due=Due(False, False), line_loss=None,
     )  # fmt: skip
     return run, step
 
@@ -173,6 +175,8 @@ def main() -> None:
     engine = tiny.engine_of(kind)
     config = GuardConfig(policy=Policy(policy), **json.loads(os.environ.get("GUARD", "{}")))
     run, step = training(engine, Path(path), config, Source())
+    if engine.rank == 1:
+        run.unread("lost", "checksum_txt", 3)
     if kill:
         run.step = step = KilledOnTheWayBack(engine)
     found = ended(run, step)
