@@ -47,13 +47,18 @@ class RunDir:
         return self.path / "events.jsonl"
 
     @property
+    def evaluation(self) -> Path:
+        """What `evaluate.py` found: a JSON file each time, and perhaps a picture of the same name."""
+        return self.path / "evaluation"
+
+    @property
     def watched(self) -> Path:
         """Evaluations made beside the training, as lines of `events` (jobs/watch.py)."""
-        return self.path / "evaluation" / "watched.jsonl"
+        return self.evaluation / "watched.jsonl"
 
     def unfinished(self, who: str) -> Path:
         """While `who` (`training`, `watch`) evaluates: what it need not do again if it is broken off (jobs/kept.py)."""
-        return self.path / "evaluation" / f"{who}.unfinished"
+        return self.evaluation / f"{who}.unfinished"
 
     @property
     def alerts(self) -> Path:
@@ -64,6 +69,10 @@ class RunDir:
     def media(self) -> Path:
         """Pictures, `{name with / as __}/{images_seen:012d}.png`."""
         return self.path / "media"
+
+    def picture(self, name: str, images_seen: int) -> Path:
+        """The one that was recorded under `name` at `images_seen`."""
+        return self.media / name.replace("/", "__") / f"{images_seen:012d}.png"
 
     @property
     def told(self) -> Path:

@@ -115,7 +115,7 @@ class JsonLines:
         text = PngInfo()
         text.add_itxt(CAPTION_KEY, caption)
         text.add_itxt(CELLS_KEY, json.dumps([{"place": place, "told": dict(told)} for place, told in cells]))
-        path = media_file(self._run_dir, name, images_seen)
+        path = self._run_dir.picture(name, images_seen)
         try:
             with storage.atomic_write(path) as file:
                 Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
@@ -215,11 +215,6 @@ class TrackerConfig:
         """W&B's part of it."""
         place = Place(project=self.project, entity=self.entity, group=self.group, tags=self.tags)
         return Wandb(run_dir, place, offline=self.mode is WandbMode.offline, artifacts=self.artifacts)
-
-
-def media_file(run_dir: RunDir, name: str, images_seen: int) -> Path:
-    """The picture that was recorded under `name` at `images_seen`."""
-    return run_dir.media / name.replace("/", "__") / f"{images_seen:012d}.png"
 
 
 class _Lines:

@@ -47,6 +47,7 @@ _CONNECT_S = 4.0  # a server that has not accepted a connection by then counts a
 _INIT_S = 8.0  # and one that accepted but has not answered by then too; together under 15 s
 _AXIS = "train/images_seen"
 _BEST = {"min": min, "max": max}
+_NOT_TOLD = ("config", "packages")  # of a launch: W&B has them anyway
 _TITLE = 63  # characters of an alert's title that W&B takes
 _FINISH_S = 120.0  # longest wait for uploads at the end; what is left stays on disk for `wandb sync`
 SAMPLES_TABLE = "samples/table"
@@ -76,11 +77,17 @@ class Place:
     ) -> "wandb.Run":
         """The W&B run of a training, begun or gone on with; its files lie in `folder`/wandb.
 
+        Beside the configuration its config has `launch`, what the newest process is made of, as repro.json tells it.
+
         raises  what wandb raises, where the server does not answer within seconds
         """
         run = self._init(mode, folder, id=run_id(run_dir), name=shown_name(run_dir), resume="allow", config=config)
         run.define_metric(_AXIS, hidden=True)
         run.define_metric("*", step_metric=_AXIS)
+        launches = storage.read_json(run_dir.repro)["launches"] if run_dir.repro.exists() else []
+        for launch in launches[-1:]:
+            told = {key: value for key, value in launch.items() if key not in _NOT_TOLD}
+            run.config.update({"launch": told}, allow_val_change=True)
         return run
 
     def beside(self, run_dir: RunDir, job_type: str, *, folder: Path) -> "wandb.Run":
@@ -169,15 +176,18 @@ class Wandb:
         """Show a picture; of `cells` there is a table in the end, made from the run directory."""
         import wandb
 
+        path = self._run_dir.picture(name, images_seen)  # as the run directory has it, where its disk had room
+        picture = str(path) if path.exists() else grid
         shown = shown_picture(name)
-        self._try(lambda: self._send(images_seen, {shown: wandb.Image(grid, caption=caption, file_type="png")}))
+        if self._run is not None:
+            self._try(lambda: self._send(images_seen, {shown: wandb.Image(picture, caption=caption, file_type="png")}))
 
     def event(self, images_seen: int, kind: str, **fields: Any) -> None:
         """Mark the moment; events.jsonl has the fields. An alert is sent too, where the run is online."""
-        self._send(images_seen, {f"events/{kind}": 1})
         run, alert = self._run, alert_of(kind, without_secrets(fields))
         if run is not None and alert is not None:
             self._try(lambda: send_alert(run, self._run_dir, alert))
+        self._send(images_seen, {f"events/{kind}": 1})
 
     def catch_up(self, config: dict[str, Any], state: State) -> None:
         """Of a training that is over, and fed W&B: send scores that were made beside it too late for it to send."""
@@ -282,13 +292,16 @@ class _Sent:
         return images_seen > self._high_water.get(name, -1)
 
     def note(self, names: Mapping[str, Any], images_seen: int, *, beside: int = 0) -> int:
-        """Remember a row before it is sent; returns its number."""
+        """Remember a row before it is sent; returns its number. Where its disk fails, the next one is noted with it."""
         row, self.rows, self.beside = self.rows, self.rows + 1, self.beside + beside
         self._high_water.update(dict.fromkeys(names, images_seen))
         temporary = self._path.with_suffix(".tmp")
         held = {"rows": self.rows, "images_seen": self._high_water, "beside": self.beside}
-        temporary.write_text(json.dumps(held))
-        os.replace(temporary, self._path)
+        try:
+            temporary.write_text(json.dumps(held))
+            os.replace(temporary, self._path)
+        except OSError as error:
+            _LOG.warning("%s: %s", self._path, error.strerror)
         return row
 
 

@@ -86,7 +86,10 @@ class Online:
     offline: bool
     sent: list[Any] = field(default_factory=list)
 
-    def log(self, *args: Any, **named: Any) -> None: ...
+    rows: list[int] = field(default_factory=list)
+
+    def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+        self.rows.append(step)
 
     def define_metric(self, *args: Any, **named: Any) -> None: ...
 
@@ -109,3 +112,22 @@ def test_wandb_is_sent_alerts_only_where_it_is_online(offline: bool, tmp_path: P
         title, text, level, quiet = found
         assert title.startswith("save_failed: nnn") and len(title) < 64
         assert text.endswith("quota") and (level, quiet) == ("ERROR", 600)
+
+
+def test_a_full_disk_ends_neither_wandb_nor_the_alert_about_it(tmp_path: Path) -> None:
+    """What was sent is noted once there is room."""
+    (tmp_path / "wandb").mkdir()
+    view, run = Wandb(RunDir(tmp_path), Place(project="p")), Online(offline=False)
+    view._run = run  # type: ignore[assignment]
+    note = tmp_path / "wandb" / "sent.tmp"
+    note.symlink_to("/dev/full")
+    view.log(8, {"train/loss": 1.0})
+    view.event(8, "save_failed", reason="No space left on device")
+    assert len(run.sent) == 1 and not (tmp_path / "wandb" / "sent.json").exists()
+    note.unlink()
+    view.log(16, {"train/loss": 0.5})
+    again = Wandb(RunDir(tmp_path), Place(project="p"))
+    again._run = run  # type: ignore[assignment]
+    again.log(16, {"train/loss": 0.5})
+    again.log(24, {"train/loss": 0.25})
+    assert run.rows == [0, 1, 2, 3]

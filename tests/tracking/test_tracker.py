@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm_scale.core.run_dir import RunDir
-from ldm_scale.tracking.tracker import CAPTION_KEY, JsonLines, Several, Silent, Tracker, TrackerConfig, media_file
+from ldm_scale.tracking.tracker import CAPTION_KEY, JsonLines, Several, Silent, Tracker, TrackerConfig
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -96,7 +96,7 @@ def test_pictures_keep_pixels_and_caption(tmp_path):
     tracker = JsonLines(run_dir)
     tracker.start({})
     tracker.images(120, "samples/grid", PICTURE, 'a "red" circle; 50% \u00fcber')
-    path = media_file(run_dir, "samples/grid", 120)
+    path = run_dir.picture("samples/grid", 120)
     assert path == tmp_path / "media" / "samples__grid" / "000000000120.png"
     with Image.open(path) as image:
         assert image.info[CAPTION_KEY] == 'a "red" circle; 50% \u00fcber'

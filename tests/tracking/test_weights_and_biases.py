@@ -17,6 +17,7 @@ import pytest
 from offline_wandb import WANDB, inspect, parts, points, rows, train
 from PIL import Image
 
+from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking.weights_and_biases import _reachable, closing_hint, run_id
 
@@ -26,13 +27,15 @@ FLUSH_S = 16.0  # wandb writes an offline run to disk every 15 s
 def test_offline_run_can_be_read_back(tmp_path, environment):
     run = tmp_path / "debug" / "first"
     assert closing_hint(RunDir(run)) == ""
+    launch = {"order_id": "5f3c", "code": {"commit": "c0ffee", "dirty": False}, "engine": {"world": 8}}
+    storage.write_json(RunDir(run).repro, {"launches": [{}, {**launch, "config": {"seed": 7}, "packages": {"x": "1"}}]})
     train(run, 0, 40, "finished", environment)
     (part,) = parts(run)
     summary = json.loads(inspect(part, "--summary", "--json"))
     assert summary["state"] == "finished" and summary["exit_code"] == 0
     assert summary["run_id"] == run_id(RunDir(run)) and summary["project"] == "trial"
     assert summary["config"]["unet"] == {"channels": 64} and summary["config"]["seed"] == 7
-    assert summary["console_lines"] == 0
+    assert summary["config"]["launch"] == launch and summary["console_lines"] == 0
     logged = {name for name in summary["summary"] if not name.startswith("_")}
     assert logged == {
         "train/loss", "train/lr", "train/images_seen", "eval/fd_random", "samples/grid", "events/checkpoint",
