@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from ldm_scale.core import storage
 from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking.cost import Cost, Forecast
-from ldm_scale.tracking.goodput import LAUNCHES, gpu_hours
+from ldm_scale.tracking.goodput import Launch, gpu_hours, state_of
 from ldm_scale.tracking.panels import layout, levels, section
 from ldm_scale.tracking.tracker import CAPTION_KEY, strict_json
 from ldm_scale.tracking.weights_and_biases import closing_hint
@@ -31,10 +31,11 @@ from ldm_scale.tracking.weights_and_biases import closing_hint
 _PAGE_BYTES = 19_000_000  # of the whole page; pictures take what the rest leaves, but no more than the next line says
 _PICTURE_BYTES = 12_000_000  # of all pictures together; a third more as base64
 _ONE_PICTURE_BYTES = 400_000  # a larger PNG is shown as WebP
-_LONGEST_SIDE = 1600  # of a picture shown as WebP, in pixels
+_PACKINGS = ((1600, 85), (1200, 80), (800, 75), (560, 70), (400, 60))  # most pixels across, quality of WebP
 _POINTS, _ALL_POINTS = 800, 200_000  # of a curve, which keeps the extremes of each stretch; of all curves together
 _TICKS = 200  # moments at which hours are known; between them they are interpolated
 _EVENTS, _EVENT_BYTES = 300, 1_000_000  # newest that are listed, and launches; of each kind in all runs
+_EVALUATION = "evaluation/"  # how names of pictures begin that `evaluate.py` drew
 _NOT_VALUES = ("images_seen", "time", "train/images_seen")
 _FAMILY = re.compile(r"_(t\d{3}|min|median|max)$")  # of a score that is shown whole
 _NAMES = ("experiment", "name", "run_dir")  # in which any two runs differ
@@ -67,9 +68,11 @@ def _write(run_dirs: Sequence[RunDir], file: Path) -> Path:
     runs = [_gather(run_dir, file.parent, _EVENT_BYTES // len(run_dirs)) for run_dir in run_dirs]
     _thin_together([run["curves"] for run in runs])
     left = min(_PICTURE_BYTES, (_PAGE_BYTES - len(_json(runs).encode())) * 3 // 4)
-    for run, run_dir in zip(runs, run_dirs, strict=True):
-        run["media"] = _media(run_dir.media, left // len(runs))
-    names = {name for run in runs for name in (*run["curves"], *(item["name"] for item in run["media"]))}
+    sets = {(i, name): paths for i, run_dir in enumerate(run_dirs) for name, paths in _pictures(run_dir).items()}
+    for ((i, name), paths), shown in zip(sets.items(), _packed([*sets.values()], left), strict=True):
+        runs[i]["media"].append({"name": name, "pictures": shown, "left_out": len(paths) - len(shown)})
+    logged = {name for _, name in sets if not name.startswith(_EVALUATION)}
+    names = logged.union(*(run["curves"] for run in runs))
     panels = [
         {"section": section(panel), "title": panel.heading, "act": panel.act_when, "names": own}
         for panel, own in layout(names)
@@ -92,13 +95,14 @@ def _gather(run_dir: RunDir, page_folder: Path, event_bytes: int) -> dict[str, A
     """Everything the page shows of one run but its pictures, of plain JSON types."""
     config = _read_json(run_dir.config)
     status = _read_json(run_dir.status)
-    lines = run_dir.read_metrics()
-    events = run_dir.read_events()
+    lines, own_lines = run_dir.read_metrics(), run_dir.read_lines(run_dir.metrics)
+    events, own_events = run_dir.read_events(), run_dir.read_lines(run_dir.events)
     stamps = [line["time"] for line in [*lines, *events]]
+    signs = [line["time"] for line in (*own_lines, *own_events, *([status] if status else []))]
     saved = sorted(run_dir.checkpoints.glob("images_*[0-9]/complete.json"))
     parts = run_dir.path.absolute().parts
-    launches = [event for event in events if event["event"] in LAUNCHES]
-    forecast = Forecast.of(_read_json(run_dir.plan), launches[-1]["world"] if launches else 0)
+    launches = Launch.all_of(own_lines, own_events)
+    forecast = Forecast.of(_read_json(run_dir.plan), launches[-1].world if launches else 0)
     images, total = max([line["images_seen"] for line in lines] + [int(status.get("images", 0))]), _total_images(config)
     curves, told = _curves(lines), _newest(events, event_bytes)
     started = _launches(_read_json(run_dir.repro))
@@ -108,17 +112,20 @@ def _gather(run_dir: RunDir, page_folder: Path, event_bytes: int) -> dict[str, A
         "name": parts[-1],
         "path": str(run_dir.path),
         "status": status,
+        "state": state_of(status, silent_s=time.time() - max(signs)) if status else "unknown",
         "images_seen": images,
         "total_images": total,
         "first": min(stamps, default=None),
         "last": max(stamps, default=None),
         "saved": saved[-1].stat().st_mtime if saved else None,
         "alerts": len(run_dir.read_lines(run_dir.alerts)),
-        "cost": asdict(Cost.of(config, launches, stamps, done=total and images / total, forecast=forecast)),
-        "clock": _clock(run_dir.read_lines(run_dir.metrics), events),  # not what watches beside it logged, later
+        "cost": asdict(Cost.of(config, launches, images=images, total=total, forecast=forecast)),
+        "clock": _clock(own_lines, launches),
         "curves": curves,
         "levels": _levels(parts[-2], forecast, curves),
         "scores": _scores(lines, events),
+        "evaluations": _evaluations(run_dir.evaluation),
+        "media": [],
         "events": told,
         "events_left_out": len(events) - len(told),
         "launches": launched[::-1],
@@ -150,16 +157,15 @@ def _levels(experiment: str, forecast: Forecast | None, names: Iterable[str]) ->
     ]
 
 
-def _clock(lines: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> list[list[float]]:
+def _clock(lines: Sequence[Mapping[str, Any]], launches: Sequence[Launch]) -> list[list[float]]:
     """What was spent by when: [images_seen, GPU hours, hours since the first launch]."""
-    launches = [event for event in events if event["event"] in LAUNCHES]
     if not launches or not lines:
         return []
-    spent = gpu_hours(launches, [line["time"] for line in lines])
-    ticks = {0: launches[0]["time"]} | {line["images_seen"]: line["time"] for line in lines}
+    spent, began = gpu_hours(launches), launches[0].began
+    ticks = {launches[0].images_seen: began} | {line["images_seen"]: line["time"] for line in lines}
     every = -(-len(ticks) // _TICKS)
     shown = [*list(ticks.items())[:-1:every], list(ticks.items())[-1]]
-    return [[images, spent(moment), (moment - launches[0]["time"]) / 3600] for images, moment in shown]
+    return [[images, spent(moment), (moment - began) / 3600] for images, moment in shown]
 
 
 def _launches(repro: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -258,27 +264,63 @@ def _scores(lines: Sequence[Mapping[str, Any]], events: Iterable[Mapping[str, An
     ]
 
 
-def _media(folder: Path, budget: int) -> list[dict[str, Any]]:
-    """For each name its pictures, oldest first; where there are too many, evenly spaced ones and the newest."""
-    names = sorted(path for path in folder.glob("*") if path.is_dir())
-    return [_pictures(path, budget // len(names)) for path in names]
+def _pictures(run_dir: RunDir) -> dict[str, list[Path]]:
+    """Pictures by name, oldest first; those of `evaluate.py` by the name of their file."""
+    drawn = {part.name.replace("__", "/"): sorted(part.glob("*.png")) for part in sorted(run_dir.media.glob("*"))}
+    return drawn | {_EVALUATION + path.stem: [path] for path in sorted(run_dir.evaluation.glob("*.png"))}
 
 
-def _pictures(folder: Path, budget: int) -> dict[str, Any]:
-    """As many pictures as fit into `budget` bytes: the newest, then others at ever finer even spacing."""
-    paths = sorted(folder.glob("*.png"))
-    shown: dict[int, dict[str, Any]] = {}
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """What `evaluate.py` wrote: of each file its rows of scores, one a strength of guidance, and their conditions."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        held = _read_json(path)
+        points = held.get("points", [{"scores": held["scores"]}] if "scores" in held else [])
+        rows = [{"name": _row_name(point), "scores": point["scores"]} for point in points]
+        if real := {name.removesuffix("_real"): value for name, value in held.get("real", {}).items()}:
+            rows.append({"name": "real images", "scores": real})
+        if points:
+            found.append({"name": _EVALUATION + path.stem, "rows": rows, "conditions": held.get("conditions", {})})
+    return found
+
+
+def _row_name(point: Mapping[str, Any]) -> str:
+    return f"guidance {point['guidance']:g}" if "guidance" in point else "scores"
+
+
+def _packed(sets: Sequence[Sequence[Path]], budget: int) -> list[list[dict[str, Any]]]:
+    """Of each set of pictures as many as fit, in order; all of them together in `budget` bytes.
+
+    Every set has an equal share, and those that need more also what smaller ones leave. Where a share is too small for
+    three pictures, they are packed smaller.
+    """
+    shown: list[list[dict[str, Any]]] = [[] for _ in sets]
+    sizes = [sum(path.stat().st_size for path in paths) for paths in sets]
+    for rank, place in enumerate(sorted(range(len(sets)), key=lambda place: sizes[place])):
+        used = 0
+        for width, quality in _PACKINGS:
+            fitting, bytes_of_them = _fitting(sets[place], budget // (len(sets) - rank), width, quality)
+            if len(fitting) > len(shown[place]):
+                shown[place], used = fitting, bytes_of_them
+            if len(fitting) >= min(3, len(sets[place])):
+                break
+        budget -= used
+    return shown
+
+
+def _fitting(paths: Sequence[Path], budget: int, width: int, quality: int) -> tuple[list[dict[str, Any]], int]:
+    """As many pictures as fit into `budget` bytes, and their bytes: the last, then others ever closer, evenly."""
+    shown, used = dict[int, dict[str, Any]](), 0
     for place in _coarse_to_fine(len(paths)):
         try:
-            picture, size = _embedded(paths[place])
+            picture, size = _embedded(paths[place], width, quality)
         except (UnidentifiedImageError, OSError):
             continue
-        if size > budget:
+        if used + size > budget:
             break
-        budget -= size
+        used += size
         shown[place] = picture
-    pictures = [shown[place] for place in sorted(shown)]
-    return {"name": folder.name.replace("__", "/"), "pictures": pictures, "left_out": len(paths) - len(pictures)}
+    return [shown[place] for place in sorted(shown)], used
 
 
 def _coarse_to_fine(count: int) -> list[int]:
@@ -291,19 +333,25 @@ def _coarse_to_fine(count: int) -> list[int]:
     return list(order)
 
 
-def _embedded(path: Path) -> tuple[dict[str, Any], int]:
-    """A picture as the page holds it, and its bytes."""
+def _embedded(path: Path, width: int, quality: int) -> tuple[dict[str, Any], int]:
+    """A picture as the page holds it, and its bytes: as it is where it is small, or WebP.
+
+    Never narrower for being tall: pages of captions stay legible.
+    """
     with Image.open(path) as image:
         image.load()
         caption = str(image.info.get(CAPTION_KEY, ""))
-        data, kind = path.read_bytes(), "png"
-        if len(data) > _ONE_PICTURE_BYTES:
-            image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+        data, kind, shown = path.read_bytes(), "png", image.copy()
+        if len(data) > _ONE_PICTURE_BYTES or (width, quality) != _PACKINGS[0]:
+            height = max(1, image.height * width // image.width)
+            shown = image.convert("RGB").resize((width, height)) if image.width > width else image.convert("RGB")
             packed = io.BytesIO()
-            image.convert("RGB").save(packed, format="WEBP", quality=85)
+            shown.save(packed, format="WEBP", quality=quality)
             data, kind = packed.getvalue(), "webp"
         url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        return {"images_seen": int(path.stem), "caption": caption, "url": url, "width": image.width}, len(data)
+        seen = int(path.stem) if path.stem.isdigit() else None
+        told = {"images_seen": seen, "caption": caption, "url": url, "width": shown.width, "drawn": image.width}
+        return told, len(data)
 
 
 def _files(run_dir: RunDir, page_folder: Path) -> list[dict[str, Any]]:

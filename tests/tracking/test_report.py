@@ -17,7 +17,7 @@ from ldm_scale.core.run_dir import RunDir
 from ldm_scale.tracking import report
 from ldm_scale.tracking.grid import labelled_grid
 from ldm_scale.tracking.report import write_comparison, write_report
-from ldm_scale.tracking.tracker import JsonLines, media_file
+from ldm_scale.tracking.tracker import JsonLines
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CAPTIONS = [f"a {c} {s} {p}" for c in ("red", "blue") for s in ("circle", "square") for p in ("top left", "centre")]
@@ -81,6 +81,14 @@ def realistic_run(path: Path, *, lines: int = 400, seed: int = 0) -> RunDir:
     }
     storage.write_json(run_dir.repro, {"launches": [launch]})
     run_dir.checkpoints.mkdir()
+    scores = {1.0: {"eval/fd_random": 9.5, "eval/caption_accuracy": 0.5}, 3.0: {"eval/fd_random": 7.25}}
+    points = [{"guidance": guidance, "scores": one} for guidance, one in scores.items()]
+    real, conditions = {"eval/caption_accuracy_real": 0.96875}, {"n": 512, "sampler": {"kind": "ddim"}}
+    swept = {"points": points, "real": real, "conditions": conditions}
+    storage.write_json(run_dir.evaluation / "384000_ema_guidance.json", swept)
+    Image.fromarray(noise[0].astype(np.uint8)).save(run_dir.evaluation / "384000_ema_guidance.png")
+    storage.write_json(run_dir.evaluation / "384000_ema_5f3c.json", {"scores": {"eval/fid": 12.5}})
+    storage.write_json(run_dir.evaluation / "of_another_kind.json", {"scale": 1})
     return run_dir
 
 
@@ -122,8 +130,8 @@ def test_page_stands_alone_and_holds_the_run(run_dir):
     (run,) = data["runs"]
     assert (run["experiment"], run["name"]) == ("debug_txt2img", "first")
     assert run["images_seen"] == run["total_images"] == 384_000
-    assert [item["name"] for item in run["media"]] == ["samples/grid", "samples/reconstructions"]
-    assert [len(item["pictures"]) for item in run["media"]] == [10, 10]
+    assert [item["name"] for item in run["media"][:2]] == ["samples/grid", "samples/reconstructions"]
+    assert [len(item["pictures"]) for item in run["media"]] == [10, 10, 1]
     assert "train/images_seen" not in run["curves"]
     score = next(score for score in run["scores"] if score["name"] == "eval/fd_random")
     assert score["conditions"]["n"] == 2048 and score["conditions"]["sampler"]["steps"] == 25
@@ -131,6 +139,15 @@ def test_page_stands_alone_and_holds_the_run(run_dir):
     assert run["events"][0]["text"] == '</script><b>"quoted" & tagged</b>'
     assert run["launches"][0]["packages"] == {"torch": "2.11"} and run["clock"][-1][0] == 384_000
     assert {file["link"] for file in run["files"]} >= {"metrics.jsonl", "repro.json", "media"}
+
+
+def test_what_evaluate_found_is_there_by_what_its_files_hold(run_dir):
+    (run,) = data_of(write_report(run_dir))["runs"]
+    single, swept = run["evaluations"]
+    assert single["rows"] == [{"name": "scores", "scores": {"eval/fid": 12.5}}]
+    assert [row["name"] for row in swept["rows"]] == ["guidance 1", "guidance 3", "real images"]
+    assert swept["rows"][2]["scores"] == {"eval/caption_accuracy": 0.96875} and swept["conditions"]["n"] == 512
+    assert run["media"][2]["name"] == swept["name"] == "evaluation/384000_ema_guidance"
 
 
 def test_panels_come_in_the_dashboards_order(run_dir):
@@ -153,11 +170,22 @@ def test_several_runs_side_by_side_begin_with_their_differences(run_dir, several
         write_comparison([run_dir], tmp_path / "comparison.html")
 
 
-def test_hours_follow_images_and_leave_out_what_nobody_ran():
-    """Two processes for an hour, none for ten, one for half an hour."""
-    events = [{"event": "start", "time": 0.0, "world": 2}, {"event": "resume", "time": 39_600.0, "world": 1}]
+def test_hours_follow_images_and_leave_out_what_nobody_ran(tmp_path):
+    """Two processes for an hour, none for ten, one for half an hour; a watcher scores for another day."""
+    run_dir = RunDir(tmp_path)
+    events = [
+        {"event": "start", "time": 0.0, "world": 2, "images_seen": 0},
+        {"event": "resume", "time": 39_600.0, "world": 1, "images_seen": 20},
+    ]
     lines = [{"images_seen": seen, "time": at} for seen, at in ((10, 1800.0), (20, 3600.0), (30, 41_400.0))]
-    assert report._clock(lines, events) == [[0, 0, 0], [10, 1, 0.5], [20, 2, 1], [30, 2.5, 11.5]]
+    scored = [{"event": "evaluation", "images_seen": 20, "time": 9e4, "scores": {"eval/fid": 9.0}}]
+    run_dir.watched.parent.mkdir()
+    for file, held in ((run_dir.metrics, lines), (run_dir.events, events), (run_dir.watched, scored)):
+        file.write_text("".join(json.dumps(line) + "\n" for line in held))
+    storage.write_json(run_dir.status, {"state": "running", "reason": "", "images": 0, "time": 0.0})
+    (run,) = data_of(write_report(run_dir))["runs"]
+    assert run["clock"] == [[0, 0, 0], [10, 1, 0.5], [20, 2, 1], [30, 2.5, 11.5]] and run["cost"]["spent"] == 2.5
+    assert run["state"] == "stale" and run["curves"]["eval/fid"] == [[20, 9]]
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +266,10 @@ def test_too_many_pictures_are_left_out_evenly(tmp_path):
     run_dir, rng = RunDir(tmp_path), np.random.default_rng(0)
     for seen in range(0, 400, 10):
         JsonLines(run_dir).images(seen, "samples/grid", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), "")
-    (viewer,) = report._media(run_dir.media, 9 * 13_000)
-    seen = [picture["images_seen"] for picture in viewer["pictures"]]
-    assert seen[0] == 0 and seen[-1] == 390 and len(seen) == 9 and viewer["left_out"] == 31
+    ((paths),) = report._pictures(run_dir).values()
+    (pictures,) = report._packed([paths], 9 * 13_000)
+    seen = [picture["images_seen"] for picture in pictures]
+    assert seen[0] == 0 and seen[-1] == 390 and len(seen) == 9
     assert max(np.diff(seen)) <= 60
 
 
@@ -249,9 +278,9 @@ def endless_run(path: Path) -> RunDir:
     run_dir, noise = RunDir(path), np.random.default_rng(0).integers(0, 256, (340, 340, 3), dtype=np.uint8)
     for name in ("samples/grid", "samples/reconstructions"):
         JsonLines(run_dir).images(0, name, noise, "noise")
-        first = media_file(run_dir, name, 0)
+        first = run_dir.picture(name, 0)
         for seen in range(1, 60):
-            shutil.copy(first, media_file(run_dir, name, seen))
+            shutil.copy(first, run_dir.picture(name, seen))
     storage.write_json(run_dir.config, {"total_images": 6000})
     with open(run_dir.metrics, "w") as lines:
         for seen in range(900):
@@ -289,10 +318,34 @@ def test_the_page_stays_below_20_mb_however_long_the_run(tmp_path):
 def test_large_pictures_are_packed(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1700, 1700, 3), dtype=np.uint8)
     JsonLines(RunDir(tmp_path)).images(0, "samples/grid", noise, "noise")
-    (path,) = (tmp_path / "media").glob("*/*.png")
-    picture, size = report._embedded(path)
-    assert picture["url"].startswith("data:image/webp") and size < path.stat().st_size / 2
-    assert picture["caption"] == "noise" and picture["width"] == 1600
+    path = RunDir(tmp_path).picture("samples/grid", 0)
+    ((picture,),) = report._packed([[path]], 4_000_000)
+    assert picture["url"].startswith("data:image/webp") and len(picture["url"]) < path.stat().st_size / 2
+    assert picture["caption"] == "noise" and (picture["width"], picture["drawn"]) == (1600, 1700)
+
+
+def test_pictures_of_many_runs_are_packed_smaller_until_each_has_some(tmp_path, monkeypatch):
+    """15 runs with a small grid and a tall page each, all a tenth of their size; what does not fit is counted."""
+    small = {"_PICTURE_BYTES": 400_000, "_ONE_PICTURE_BYTES": 4_000, "_PACKINGS": ((160, 85), (120, 80), (90, 60))}
+    for name, value in small.items():
+        monkeypatch.setattr(report, name, value)
+    noise = np.random.default_rng(0).integers(0, 256, (400, 180, 3), dtype=np.uint8)
+    runs = [RunDir(tmp_path / "study" / str(i)) for i in range(15)]
+    for name, pixels in (("samples/grid", noise[:30, :30]), ("samples/prompts", noise)):
+        JsonLines(runs[0]).images(0, name, pixels, "")
+    for seen in (8, 16, 24):
+        for name in ("samples/grid", "samples/prompts"):
+            shutil.copy(runs[0].picture(name, 0), runs[0].picture(name, seen))
+    for run in runs[1:]:
+        shutil.copytree(runs[0].media, run.media)
+    page = write_comparison(runs, tmp_path / "comparison.html")
+    media = {item["name"]: item for run in data_of(page)["runs"] for item in run["media"]}
+    assert len(media["samples/grid"]["pictures"]) == 4 and page.stat().st_size < 600_000
+    for run in data_of(page)["runs"]:
+        grid, tall = run["media"]
+        assert len(grid["pictures"]) == 4 and grid["left_out"] == 0
+        assert 1 <= len(tall["pictures"]) < 4 and tall["left_out"] == 4 - len(tall["pictures"])
+        assert tall["pictures"][-1]["images_seen"] == 24 and tall["pictures"][-1]["width"] in (90, 120)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 100])
@@ -305,7 +358,7 @@ USE = """<script>
 const found = {}, $ = (query) => document.querySelector(query), all = (query) => [...document.querySelectorAll(query)];
 const set = (node, value, kind) => { node.value = value; node.dispatchEvent(new Event(kind)); };
 const chart = (title) => all(".chart").find((node) => node.querySelector("b").textContent.startsWith(title));
-const viewer = $(".viewer"), slider = viewer.querySelector("input");
+const viewer = $(".slide").closest(".viewer"), slider = viewer.querySelector("input");
 const newest = viewer.querySelector("img").src;
 set(slider, 0, "input");
 found.slider = [viewer.querySelector("img").src !== newest, viewer.querySelector(".soft").textContent];
@@ -322,11 +375,16 @@ found.log = line() !== whole;
 $("#log").click();
 const svg = loss.querySelector("svg"), box = svg.getBoundingClientRect();
 const pointer = (kind, part) => svg.dispatchEvent(
-  new PointerEvent(kind, { pointerType: "mouse", clientX: box.left + part * box.width }));
+  new PointerEvent(kind, { pointerType: "mouse", pointerId: 1, clientX: box.left + part * box.width }));
+pointer("pointerdown", 0.1); pointer("pointercancel", 0.1); pointer("pointerup", 0.9);
+found.cancelled = line() === whole;
 pointer("pointerdown", 0.3); pointer("pointermove", 0.5); pointer("pointerup", 0.6);
 found.zoom = line().length < whole.length && !loss.querySelector("button").hidden;
 loss.querySelector("button").click();
 found.whole = line() === whole;
+viewer.querySelector("button").click();
+found.enlarged = $("dialog[open] img").src === viewer.querySelector("img").src;
+$("dialog").close();
 set($("#axis"), "gpu_hours", "change");
 found.axis = loss.querySelector(".value").textContent;
 $("#axis").value = "images"; $("#axis").dispatchEvent(new Event("change"));
@@ -381,5 +439,5 @@ def test_browser_builds_every_section(run_dir, tmp_path):
         assert re.search(rf'<section id="{section}"[^>]*><h2>', body), section
     numbers = [panel for panel in data_of(run_dir.report)["panels"] if not panel["names"][0].startswith("samples/")]
     assert body.count('<div class="chart">') == len(numbers) + 1  # and the map of timesteps
-    assert 'class="mark resume"' in body
+    assert 'class="mark resume"' in body and "12.5" in body and "guidance 3" in body and "0.96875" in body
     assert "<b>&quot;quoted" not in body and "&lt;/script&gt;&lt;b&gt;" in body

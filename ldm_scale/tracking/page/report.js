@@ -48,21 +48,24 @@ const pairs = (fields) => leaves(fields, "").map(([name, value]) =>
 const nothing = (text) => make("p", { class: "empty" }, text);
 
 const label = (run) => (several && runs.every((other) => other.experiment === run.experiment) ? run.name : `${run.experiment}/${run.name}`);
-const hue = (i) => `hsl(${(213 + i * 137) % 360} 62% 54%)`;
-const swatch = (background) => make("i", { style: `background:${background}` });
-const titled = (run, i, ...content) => (several ? [make("h3", {}, swatch(hue(i)), label(run)), ...content.flat()] : content.flat());
+/** How curve or run number i is drawn: 7 colours that most eyes tell apart (Okabe and Ito 2008), 4 kinds of dashes. */
+const kind = (i) => `stroke:var(--c${i % 7});stroke-dasharray:${["none", "7 3", "2 2.5", "8 3 2 3"][i % 4]}`;
+/** Number i of several that have an order, such as ranges of timesteps. */
+const step = (i, count) => `stroke:color-mix(in oklab, var(--high) ${Math.round((100 * i) / Math.max(1, count - 1))}%, var(--low))`;
+const swatch = (style) => make("svg", { class: "swatch", viewBox: "0 0 24 4" }, make("line", { x1: 1, x2: 23, y1: 2, y2: 2, style }));
+const titled = (run, i, ...content) => (several ? [make("h3", {}, swatch(kind(i)), label(run)), ...content.flat()] : content.flat());
 
 // ---------------------------------------------------------------- header
 const share = (run) => (run.total_images ? Math.min(1, run.images_seen / run.total_images) : null);
 function state(run) {
-  const word = run.status.state || "unknown";
-  return make("span", { class: `state ${word}`, title: run.status.reason || "" }, word);
+  return make("span", { class: `state ${run.state}`, title: run.status.reason || "" }, run.state);
 }
 
 /** What is known of how a run stands, as [name, text]. */
 function facts(run) {
   const done = share(run);
   const spent = run.clock.length ? run.clock.at(-1) : null;
+  const rate = run.state === "running" && "perf/images_per_s" in run.curves ? run.curves["perf/images_per_s"].at(-1)[1] : null;
   const code = run.launches.length ? run.launches.at(-1).code : null;
   const { spent: hours, at_completion: end, planned, price } = run.cost;
   const cost = (factor) => [tidy(factor * hours, 3), ...(end && done < 1 ? [`${tidy(factor * end, 3)} at completion`] : []),
@@ -70,6 +73,7 @@ function facts(run) {
   return [
     ["Images seen", whole(run.images_seen) + (run.total_images ? ` of ${whole(run.total_images)}` : "")],
     ["Progress", done === null ? "-" : `${(100 * done).toFixed(1)} %`],
+    ["Left, at the last rate", rate && run.total_images ? span((run.total_images - run.images_seen) / rate) : "-"],
     ["GPU hours", spent ? cost(1) : "-"],
     ...(runs.some((other) => other.cost.price) ? [["Cost", spent && price ? cost(price) : "-"]] : []),
     ["Since the first launch", spent ? span(3600 * spent[2]) : "-"],
@@ -89,13 +93,13 @@ function header() {
     document.title = runs.map(label).join(", ");
     byId("header").append(make("h1", {}, make("small", {}, "side by side"), `${runs.length} runs`));
     const names = facts(runs[0]).map(([name]) => name).filter((name) => name !== "Reason");
-    const rows = runs.map((run, i) => [["mono name", swatch(hue(i)), label(run)], ["", state(run)],
+    const rows = runs.map((run, i) => [["mono name", swatch(kind(i)), label(run)], ["", state(run)],
       ...names.map((name) => ["number", facts(run).find((fact) => fact[0] === name)[1]])]);
     byId("header").append(make("div", { class: "below" }, table([["", "Run"], ["", "State"], ...names.map((name) => ["number", name])], rows)));
   } else {
     const run = runs[0];
     const done = share(run) || 0;
-    document.title = `${run.experiment}/${run.name}: ${run.status.state || "unknown"}`;
+    document.title = `${run.experiment}/${run.name}: ${run.state}`;
     byId("header").append(
       make("div", { class: "top" }, make("h1", {}, make("small", {}, run.experiment), run.name), state(run)),
       make("div", { class: "progress", role: "progressbar", "aria-valuenow": Math.round(100 * done), "aria-label": "progress" },
@@ -115,13 +119,13 @@ function table(heads, rows) {
 
 function differences() {
   if (!page.differences.length) return nothing("The configurations are the same.");
-  return table([["", "Key"], ...runs.map((run, i) => ["", swatch(hue(i)), label(run)])],
+  return table([["", "Key"], ...runs.map((run, i) => ["", swatch(kind(i)), label(run)])],
     page.differences.map(({ key, values }) => [["mono", key], ...values.map((value) => ["mono wrap", plain(value)])]));
 }
 
 function scores() {
   const rows = runs.flatMap((run, i) => run.scores.map((score) => [score.name, [
-    ["mono", score.name], ...(several ? [["mono name", swatch(hue(i)), label(run)]] : []),
+    ["mono", score.name], ...(several ? [["mono name", swatch(kind(i)), label(run)]] : []),
     ["number", make("strong", {}, tidy(score.newest[1], 5))], ["number soft", whole(score.newest[0])],
     ["number", tidy(score.first[1], 5)], ["number soft", whole(score.first[0])],
     ["wrap", ...(Object.keys(score.conditions).length ? pairs(score.conditions) : [make("span", { class: "soft" }, "not recorded")])],
@@ -130,6 +134,16 @@ function scores() {
   rows.sort((a, b) => a[0].localeCompare(b[0]));  // stable: runs keep their order
   return table([["", "Score"], ...(several ? [["", "Run"]] : []), ["number", "Newest"], ["number", "at images"],
     ["number", "First"], ["number", "at images"], ["", "Conditions"]], rows.map((row) => row[1]));
+}
+
+/** What `evaluate.py` wrote: a table for each file, a row for each strength of guidance, and its picture. */
+function evaluations(run) {
+  return run.evaluations.flatMap(({ name, rows, conditions }) => {
+    const names = [...new Set(rows.flatMap((row) => Object.keys(row.scores)))];
+    const cells = rows.map((row) => [["name", row.name], ...names.map((score) => ["number", score in row.scores ? plain(row.scores[score]) : ""])]);
+    return [make("h4", { class: "mono" }, `${name}.json`), make("p", { class: "soft" }, ...pairs(conditions)),
+      table([["", ""], ...names.map((score) => ["number", score.replace("eval/", "")])], cells), make("div", { class: "viewers" }, viewer(name, "", [run]))];
+  });
 }
 
 function events(run) {
@@ -198,10 +212,10 @@ function logSteps(low, high) {
   return ticks.filter((_, i) => i % every === 0);
 }
 
-function colour(i, count) {
-  if (several) return hue(i);
-  if (count === 1) return "var(--accent)";
-  return `hsl(${Math.round(215 + (i * 165) / Math.max(1, count - 1)) % 360} 62% 54%)`;
+/** How the curves of a chart are drawn: those of one run by timestep from low to high, others by their number. */
+function kinds(curves) {
+  const ordered = curves.length > 4 && curves.every((curve) => /^t\d{3}$/.test(curve.name));
+  return curves.map((curve, i) => (several ? kind(runs.indexOf(curve.run)) : ordered ? step(i, curves.length) : kind(i)));
 }
 
 /** Names without what they all begin with, up to a / or _. */
@@ -217,18 +231,19 @@ class Chart {
   /** `curves`: [{name, run, points: [[images, value], ...]}], none without points; `levels`: [{label, value}]. */
   constructor(title, act, curves, levels) {
     this.levels = levels;
-    this.curves = curves.map((curve, i) => ({ ...curve, colour: colour(i, curves.length), hidden: false }));
+    const styles = kinds(curves);
+    this.curves = curves.map((curve, i) => ({ ...curve, style: styles[i], hidden: false }));
     this.log = false;
     this.zoom = null;
     this.value = make("div", { class: "value" });
     this.svg = make("svg", { role: "img", "aria-label": title,
       onpointermove: (e) => this.hover(e), onpointerleave: () => this.rest(), onpointerdown: (e) => this.press(e),
-      onpointerup: (e) => this.release(e), ondblclick: () => this.zoomTo(null) });
+      onpointerup: (e) => this.release(e), onpointercancel: () => this.cancel(), ondblclick: () => this.zoomTo(null) });
     this.button = make("button", { type: "button", "aria-pressed": "false", title: "logarithmic scale", onclick: () => this.setLog(!this.log) }, "log");
     this.whole = make("button", { type: "button", hidden: "", onclick: () => this.zoomTo(null) }, "whole");
     this.readings = this.curves.map(() => make("span", { class: "reading" }));
     const entry = (curve, i) => make("button", { type: "button", "aria-pressed": "true", title: "show or hide", onclick: (e) => this.toggle(i, e.currentTarget) },
-      swatch(curve.colour), `${curve.name} `, this.readings[i]);
+      swatch(curve.style), `${curve.name} `, this.readings[i]);
     this.node = make("div", { class: "chart" },
       make("div", { class: "head" }, make("b", { title: act ? `act when: ${act}` : "" }, title), make("span", {}, this.whole, this.button)),
       this.value, this.svg, this.curves.length > 1 ? make("div", { class: "legend" }, this.curves.map(entry)) : null);
@@ -296,10 +311,10 @@ class Chart {
     this.curves.forEach((curve, i) => {
       if (curve.hidden) return;
       const path = (points) => points.filter(visible).map((p, k) => `${k ? "L" : "M"}${this.x(p[0]).toFixed(1)} ${this.clamp(this.y(p[1]), top, height - bottom).toFixed(1)}`).join("");
-      if (settings.smooth && (several || this.curves.length === 1)) this.svg.append(make("path", { class: "raw", style: `stroke:${curve.colour}`, d: path(this.raw[i]) }));
-      this.svg.append(make("path", { style: `stroke:${curve.colour}`, d: path(this.lines[i]) }));
+      if (settings.smooth && (several || this.curves.length === 1)) this.svg.append(make("path", { class: "raw", style: curve.style, d: path(this.raw[i]) }));
+      this.svg.append(make("path", { style: curve.style, d: path(this.lines[i]) }));
       const points = this.lines[i].filter(visible);
-      if (points.length < 8) this.svg.append(...points.map(([x, y]) => make("circle", { cx: this.x(x), cy: this.y(y), r: 2.5, style: `fill:${curve.colour}` })));
+      if (points.length < 8) this.svg.append(...points.map(([x, y]) => make("circle", { cx: this.x(x), cy: this.y(y), r: 2.5, style: curve.style })));
     });
     this.svg.append(this.cursor);
     return this.rest();
@@ -331,7 +346,14 @@ class Chart {
   at(event) { return this.clamp(event.clientX - this.svg.getBoundingClientRect().left, ...this.edges); }
 
   press(event) {
-    if (this.x && event.pointerType === "mouse") this.pressed = this.at(event);
+    if (!this.x || event.pointerType !== "mouse") return;
+    this.svg.setPointerCapture(event.pointerId);  // so that letting go beside the chart is heard
+    this.pressed = this.at(event);
+  }
+
+  cancel() {
+    this.pressed = undefined;
+    this.rest();
   }
 
   release(event) {
@@ -349,7 +371,7 @@ class Chart {
     const dragged = this.pressed === undefined ? [] : [make("rect", { class: "drag", x: Math.min(px, this.pressed), width: Math.abs(px - this.pressed), y: 8, height: 160 })];
     const dots = this.curves.map((curve, i) => [curve, near[i]]).filter(([curve, p]) => !curve.hidden && (!this.log || p[1] > 0));
     this.cursor.replaceChildren(...dragged, make("line", { class: "cursor", x1: this.x(at[0]), x2: this.x(at[0]), y1: 8, y2: 168 }),
-      ...dots.map(([curve, p]) => make("circle", { cx: this.x(p[0]), cy: this.clamp(this.y(p[1]), 8, 168), r: 3, style: `fill:${curve.colour}` })));
+      ...dots.map(([curve, p]) => make("circle", { cx: this.x(p[0]), cy: this.clamp(this.y(p[1]), 8, 168), r: 3, style: curve.style })));
     this.read(near, `${settings.axis === "images" ? whole(at[0]) : tidy(at[0], 3)} ${AXES[settings.axis]}`);
   }
 }
@@ -373,21 +395,25 @@ function chartsOf(panel) {
 function heat(run) {
   const names = Object.keys(run.curves).filter((name) => /^val\/loss_t\d{3}$/.test(name)).sort();
   if (!names.length || run.curves[names[0]].length < 2) return [];
-  const columns = run.curves[names[0]].length;
-  const logs = names.map((name) => run.curves[name].map(([, y]) => Math.log(Math.max(y, 1e-12))));
-  const [low, high] = [Math.min(...logs.flat()), Math.max(...logs.flat())];
+  const log = (y) => Math.log(Math.max(y, 1e-12));
+  const all = names.flatMap((name) => run.curves[name]);
+  const [low, high] = [Math.min(...all.map((p) => log(p[1]))), Math.max(...all.map((p) => log(p[1])))];
+  const moments = [...new Set(all.map((p) => p[0]))].sort((a, b) => a - b);
+  const [first, end] = [moments[0], 2 * moments.at(-1) - moments.at(-2)];  // the newest lasts as long as the one before
   const [left, width, tall] = [48, 332, 16];
+  const place = (images) => left + (width * (images - first)) / (end - first);
   const svg = make("svg", { role: "img", viewBox: "0 0 380 190", preserveAspectRatio: "none", "aria-label": "validation loss by timestep" });
   names.forEach((name, row) => {
     const top = 8 + (names.length - 1 - row) * tall;
     svg.append(make("text", { x: left - 7, y: top + 12, "text-anchor": "end" }, `t ${Number(name.slice(-3))}`));
-    run.curves[name].forEach(([images, y], column) => {
-      const heat = (logs[row][column] - low) / (high - low || 1);
-      svg.append(make("rect", { x: left + (column * width) / columns, y: top, width: width / columns + 0.3, height: tall, style: `fill:hsl(${Math.round(230 - 190 * heat)} 70% ${Math.round(28 + 34 * heat)}%)` },
+    run.curves[name].forEach(([images, y], i, points) => {
+      const heat = (log(y) - low) / (high - low || 1);
+      const until = i + 1 < points.length ? points[i + 1][0] : end;
+      svg.append(make("rect", { x: place(images), y: top, width: place(until) - place(images) + 0.3, height: tall, style: `fill:hsl(${Math.round(230 - 190 * heat)} 70% ${Math.round(28 + 34 * heat)}%)` },
         make("title", {}, `${name}: ${tidy(y)} at ${whole(images)} images`)));
     });
   });
-  svg.append(make("text", { x: left, y: 185 }, short(run.curves[names[0]][0][0])), make("text", { x: 380, y: 185, "text-anchor": "end" }, short(run.curves[names[0]].at(-1)[0])));
+  svg.append(make("text", { x: left, y: 185 }, short(first)), make("text", { x: 380, y: 185, "text-anchor": "end" }, short(moments.at(-1))));
   return [make("div", { class: "chart" },
     make("div", { class: "head" }, make("b", {}, `C12 Map of timesteps${several ? `, ${label(run)}` : ""}`)),
     make("div", { class: "value" }, `${tidy(Math.exp(low), 3)} (blue) to ${tidy(Math.exp(high), 3)} (yellow), by images seen`), svg)];
@@ -412,39 +438,46 @@ function controls() {
 }
 
 // ---------------------------------------------------------------- pictures
-/** One name's pictures of every run, under one slider over images seen. */
-function viewer(name, title) {
-  const sets = runs.map((run, i) => ({ run, i, ...run.media.find((item) => item.name === name) })).filter((set) => set.pictures && set.pictures.length);
-  if (!sets.length) return [];
+/** Show a picture at its full size, until a click or Escape. */
+function enlarge(image) {
+  const dialog = make("dialog", { onclick: () => dialog.close(), onclose: () => dialog.remove() }, make("img", { src: image.src, alt: image.alt }));
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+/** One name's pictures of these runs, under one slider over images seen; and what is not shown of them. */
+function viewer(name, title, those = runs) {
+  const held = those.map((run) => ({ run, i: runs.indexOf(run), ...run.media.find((item) => item.name === name) }));
+  const sets = held.filter((set) => set.pictures && set.pictures.length);
+  const notes = held.filter((set) => set.left_out).map((set) => make("p", { class: "note" },
+    `${those.length > 1 ? `${label(set.run)}: ` : ""}${set.left_out} of ${set.left_out + set.pictures.length} pictures are not on this page: see ${set.run.path}`));
+  if (!sets.length) return notes.length ? [make("figure", { class: "viewer" }, make("div", { class: "head" }, make("b", {}, title)), notes)] : [];
   const stops = [...new Set(sets.flatMap((set) => set.pictures.map((picture) => picture.images_seen)))].sort((a, b) => a - b);
   const position = make("span", { class: "soft" });
-  const shown = sets.map(({ run, i, pictures, left_out: leftOut }) => {
+  const shown = sets.map(({ run, i, pictures }) => {
     const [image, caption] = [make("img", { alt: `${name} of ${label(run)}` }), make("figcaption")];
-    image.addEventListener("click", () => {
-      const dialog = make("dialog", { onclick: () => dialog.close(), onclose: () => dialog.remove() }, make("img", { src: image.src, alt: name }));
-      document.body.append(dialog);
-      dialog.showModal();
-    });
+    const button = make("button", { type: "button", class: "enlarge", title: "enlarge", onclick: () => enlarge(image) }, image);
     const show = (images) => {
       const picture = pictures.findLast((one) => one.images_seen <= images) || pictures[0];
       image.src = picture.url;
       image.className = picture.width < 256 ? "small" : "";
       const seed = run.config.seed === undefined ? "" : `, seed ${run.config.seed}`;
-      const which = several ? `${label(run)} at ${whole(picture.images_seen)} images${seed}: ` : "";
-      caption.replaceChildren(...(several ? [swatch(hue(i))] : []), which + picture.caption + (leftOut ? ` (${leftOut} more in media/)` : ""));
+      const which = those.length > 1 ? `${label(run)} at ${whole(picture.images_seen)} images${seed}: ` : "";
+      const packed = picture.width < picture.drawn ? ` (${picture.width} of ${picture.drawn} pixels across)` : "";
+      caption.replaceChildren(...(those.length > 1 ? [swatch(kind(i))] : []), which + picture.caption + packed);
     };
-    return { show, node: make("div", {}, image, caption) };
+    return { show, node: make("div", {}, button, caption) };
   });
   const show = (stop) => {
-    position.textContent = `${whole(stops[stop])} images`;
+    position.textContent = stops[stop] === null ? "" : `${whole(stops[stop])} images`;
     shown.forEach((one) => one.show(stops[stop]));
   };
   const slider = make("input", { type: "range", min: 0, max: stops.length - 1, step: 1, value: stops.length - 1, "aria-label": `${name}, images seen`, oninput: (e) => show(Number(e.target.value)) });
   show(stops.length - 1);
-  return [make("figure", { class: several ? "viewer wide" : "viewer" },
+  return [make("figure", { class: those.length > 1 ? "viewer wide" : "viewer" },
     make("div", { class: "head" }, make("b", {}, title), position),
     stops.length > 1 ? make("div", { class: "slide" }, short(stops[0]), slider, short(stops.at(-1))) : null,
-    make("div", { class: "sides" }, shown.map((one) => one.node)))];
+    make("div", { class: "sides" }, shown.map((one) => one.node)), notes)];
 }
 
 // ---------------------------------------------------------------- the page
@@ -472,14 +505,17 @@ function panels(title) {
   const maps = title.startsWith("C.") ? runs.flatMap(heat) : [];
   const nodes = [...drawn.map((chart) => chart.node), ...maps];
   const pictures = own.flatMap((panel) => panel.names.flatMap((name, i) => viewer(name, panel.names.length > 1 ? `${panel.title}: ${shortened(panel.names)[i]}` : panel.title)));
-  return [title.startsWith("D.") ? scores() : null, pictures.length ? make("div", { class: "viewers" }, pictures) : null,
+  const evaluated = title.startsWith("D.") ? runs.flatMap((run, i) => (run.evaluations.length ? titled(run, i, evaluations(run)) : [])) : [];
+  return [title.startsWith("D.") ? scores() : null, ...evaluated, pictures.length ? make("div", { class: "viewers" }, pictures) : null,
     nodes.length ? make("div", { class: "charts" }, nodes) : null].filter((part) => part !== null);
 }
 
 header();
 controls();
 if (several) section("differences", "Configuration differences", differences());
-for (const title of [...new Set(page.panels.map((panel) => panel.section))]) section(title[0] === "O" ? "others" : title[0], title, panels(title));
+const titles = new Set(page.panels.map((panel) => panel.section));
+if (runs.some((run) => run.evaluations.length)) titles.add("D. Pictures and scores");
+for (const title of [...titles].sort()) section(title[0] === "O" ? "others" : title[0], title, panels(title));
 for (const [id, title, build] of [["events", "Events", events], ["launches", "Launches and environment", launches], ["config", "Configuration", config], ["files", "Files and next commands", files]]) {
   section(id, title, runs.flatMap((run, i) => titled(run, i, build(run))));
 }
