@@ -118,7 +118,7 @@ class JsonLines:
         path = self._run_dir.picture(name, images_seen)
         try:
             with storage.atomic_write(path) as file:
-                Image.fromarray(grid).save(file, format="PNG", pnginfo=text)
+                Image.fromarray(grid).save(file, format="PNG", pnginfo=text, compress_level=3)
         except OSError as error:
             _LOG.warning("%s is left out: %s", path, error)
 
