@@ -128,7 +128,7 @@ def test_once_it_has_saved_a_job_goes_back_whatever_it_still_waits_for(
     cluster.wait(lambda: "preempted: requeued" in log.read_text(), log)
     (script,) = (run / "snapshot").glob("*/job.sh")
     begun = script.parent / f"begun_{job}"
-    assert "ended with" not in log.read_text() and len(begun.read_text().splitlines()) == 1
+    assert f"job {job}: ended with" not in log.read_text() and len(begun.read_text().splitlines()) == 1
 
     begun.write_text(3 * finished_pieces(script.read_text()))
     cluster.requeued(job, 1, log)
