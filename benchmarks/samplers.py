@@ -71,8 +71,7 @@ def table(options: argparse.Namespace) -> list[Row]:
     source = TrainingRun(RunDir(options.run), name=job.checkpoint, which=job.weights)
     trained = source.load(runtime.device())
     held_out = HeldOutImages.open(source.data, options.images)
-    transform = jobs_config.to_plain(source.data.transform)
-    scores = GenerationScores(evaluation, job.paths, held_out, transform, runtime.device())
+    scores = GenerationScores(evaluation, job.paths, held_out, runtime.device())
     told = {"guidance": job.sampler.guidance if options.guidance is None else options.guidance}
     if options.spacing is not None:
         told["spacing"] = options.spacing

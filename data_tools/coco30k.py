@@ -34,8 +34,7 @@ examples:
       exactly a published list: columns image_id, uid or file_name, and caption or text (.csv, or .tsv with tabs)
 
 Beside the shards: prompts.csv (key, image_id, caption), and report.json with the sha256 of what was read and written.
-Then: data.validation=data/coco30k in training, and `python evaluate.py run_dir=RUN data.images=data/coco30k
-evaluation.images=30000` at the end.
+Then: data.validation=data/coco30k in training, and `python evaluate.py run_dir=RUN evaluation.images=30000` at the end.
 """
 
 

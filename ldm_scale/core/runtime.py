@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -89,6 +90,18 @@ def gathered(value: Gathered) -> list[Gathered]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(make: Callable[[], Gathered]) -> Gathered:
+    """What `make` returns here. What it refuses on one rank (ValueError), all refuse: none waits for it. Collective."""
+    refused: list[str] = []
+    try:
+        made = make()
+    except ValueError as error:
+        refused.append(str(error))
+    if any_rank(bool(refused)):
+        raise ValueError(next(said for rank in gathered(refused) for said in rank))
+    return made
 
 
 def device() -> torch.device:

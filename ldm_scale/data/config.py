@@ -128,7 +128,10 @@ class DataConfig(SourceConfig):
         """
         if not self.validation:
             raise ValueError("data.validation is not set: give held-out image shards, for scores and sample grids")
-        shards = ShardSet.open(self.validation, self.index_dir, require=self.task.require, remote=self._remote())
+        try:
+            shards = ShardSet.open(self.validation, self.index_dir, require=self.task.require, remote=self._remote())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"data.validation, of held-out images for scores: {error}") from error
         return shards.view(removed=self.removed)
 
     def open_latents(self) -> dict[str, LatentCache]:

@@ -48,11 +48,16 @@ class Score(Enum):
         return self in (Score.kernel, Score.precision_recall)
 
 
+_KEPT = {Score.frechet: "mean", Score.kernel: "features", Score.precision_recall: "features"}  # in a reference's file
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Statistics:
     """What one set of images is compared by."""
 
-    gaussian: Gaussian
+    count: int
+    gaussian: Gaussian | None
+    """None where no distance was asked for."""
     features_ND: Tensor | None
     """Float32, on the CPU; None where no score needs them."""
     inception: Estimate | None
@@ -69,9 +74,9 @@ class Collector:
         count     images in all
         raises    ValueError where a score needs what `features` or the number of images does not give
         """
-        self._features = features
+        self._features, self._count = features, count
         self._device = next(iter(features.state_dict().values())).device
-        self._moments = FeatureMoments(features.dim)
+        self._moments = FeatureMoments(features.dim) if Score.frechet in scores else None
         keeps = any(score.needs_every_feature for score in scores)
         self._features_ND = torch.zeros(count, features.dim) if keeps else None
         self._inception = None
@@ -89,7 +94,8 @@ class Collector:
 
     def add(self, start: int, features_BD: Tensor) -> None:
         """Take in images `start`, `start` + 1, ..., of which these are the features."""
-        self._moments.add(features_BD)
+        if self._moments is not None:
+            self._moments.add(features_BD)
         if self._features_ND is not None:
             self._features_ND[start : start + len(features_BD)] = features_BD
         if self._inception is not None:
@@ -98,13 +104,15 @@ class Collector:
     def finish(self) -> Statistics:
         """The statistics of what all ranks took in. Collective."""
         moments, inception = self._moments, self._inception
-        shares.add_up(moments.count, moments.sum_D, moments.outer_DD)
+        if moments is not None:
+            shares.add_up(moments.count, moments.sum_D, moments.outer_DD)
         if self._features_ND is not None:
             shares.add_up(self._features_ND)  # rows of other ranks are zero
         if inception is not None:
             shares.add_up(inception.counts_S, inception.classes_SK, inception.negentropies_S)
         return Statistics(
-            gaussian=moments.finish(),
+            count=self._count,
+            gaussian=None if moments is None else moments.finish(),
             features_ND=self._features_ND,
             inception=None if inception is None else inception.finish(),
         )
@@ -118,6 +126,7 @@ def compare(generated: Statistics, reference: Statistics, scores: Sequence[Score
     found: dict[str, float] = {}
     published, suffix = name.startswith("fid"), name.removeprefix("fid").removeprefix("fd")
     if Score.frechet in scores:
+        assert generated.gaussian is not None and reference.gaussian is not None, "collected for it"
         own = frechet_distance(generated.gaussian, reference.gaussian) if runtime.is_main() else 0.0
         found[name] = runtime.gathered(own)[0]  # ranks that factorised it all at once would fight for the cores
     if Score.kernel in scores:
@@ -144,10 +153,12 @@ def save_reference(path: Path, statistics: Statistics, origin: Mapping[str, Any]
 
     origin  what they are of, plain values: features and transform are what a reader must agree with
     """
-    tensors = {"mean": statistics.gaussian.mean, "covariance": statistics.gaussian.covariance}
+    tensors: dict[str, Tensor] = {}
+    if statistics.gaussian is not None:
+        tensors |= {"mean": statistics.gaussian.mean, "covariance": statistics.gaussian.covariance}
     if statistics.features_ND is not None:
         tensors["features"] = statistics.features_ND
-    told = {**origin, "count": statistics.gaussian.count}
+    told = {**origin, "count": statistics.count}
     with storage.atomic_write(path) as file:
         file.write(safetensors.torch.save(tensors, {"origin": storage.canonical_json(told).decode()}))
 
@@ -184,14 +195,16 @@ def load_reference(path: Path, wanted: Mapping[str, Any], scores: Sequence[Score
     if differing := [name for name in wanted if _said(origin[name]) != _said(wanted[name])]:
         sides = "; ".join(f"{name}: {origin[name]} there, {wanted[name]} here" for name in differing)
         raise ValueError(f"evaluation.reference={path} was made otherwise: {sides}. Write it anew for this run")
-    if "features" not in tensors and any(score.needs_every_feature for score in scores):
+    gaussian = Gaussian(origin["count"], tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
+    if lacking := [score.value for score in scores if score in _KEPT and _KEPT[score] not in tensors]:
         raise ValueError(
-            f"evaluation.reference={path} was written without every image's features, which kernel and "
-            "precision_recall of evaluation.scores need: write it anew with these scores, or leave them out"
+            f"evaluation.reference={path} was written without what {', '.join(lacking)} of evaluation.scores need: "
+            "write it anew with these scores, or leave them out"
         )
     return Reference(
         statistics=Statistics(
-            gaussian=Gaussian(origin["count"], tensors["mean"], tensors["covariance"]),
+            count=origin["count"],
+            gaussian=gaussian,
             features_ND=tensors.get("features"),
             inception=None,
         ),

@@ -7,7 +7,7 @@ a pixel: latents cached under another fingerprint are other latents. Knows nothi
 Shape letters: H W image height and width, C = 3 channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -71,6 +71,12 @@ class ImageTransformConfig:
             )
         if self.min_side < 1:
             raise ValueError(f"transform.min_side={self.min_side}; must be at least 1 pixel")
+
+    @property
+    def fixed(self) -> "ImageTransformConfig":
+        """The same for images that are compared: each its middle, unmirrored, and none rejected."""
+        border = Border.crop if self.border is Border.reject else self.border
+        return replace(self, crop=Crop.center, border=border, flip=False, min_side=1)
 
     def build(self) -> "ImageTransform":
         return ImageTransform(self)

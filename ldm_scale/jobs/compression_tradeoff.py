@@ -191,8 +191,7 @@ def _drawn(run_dir: RunDir, source: loading.TrainingRun, steps: Sequence[int]) -
         known["limits"] = (
             _limits(trained.first_stage, evaluation, paths, held_out) if source.first_stage.has_weights else {}
         )
-    transform = jobs_config.to_plain(source.data.transform)
-    scores = GenerationScores(evaluation, paths, held_out, transform, device)
+    scores = GenerationScores(evaluation, paths, held_out, device)
     for count in steps:
         if str(count) not in known["steps"]:
             log.info("%s: %d pictures with %d steps", run_dir.path, evaluation.images, count)
@@ -217,7 +216,9 @@ def _limits(
     held_out: HeldOutImages,
 ) -> dict[str, float]:
     """Scores of held-out images, encoded and decoded."""
-    found = ReconstructionScores(evaluation, paths, held_out, runtime.device())(first_stage).scores
+    found = ReconstructionScores(replace(evaluation, reference=None), paths, held_out, runtime.device())(
+        first_stage
+    ).scores
     if evaluation.caption_accuracy:
         batch = held_out.read(range(held_out.count))
         rebuilt = reconstruct(first_stage, batch.images.to(runtime.device())).images

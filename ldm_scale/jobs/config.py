@@ -151,7 +151,9 @@ def import_parts(overrides: Sequence[str]) -> None:
 
 
 def with_model_defaults(job: str, overrides: Sequence[str]) -> list[str]:
-    """For a job that draws with a trained model: its own sampler and evaluation first, then what the user says.
+    """For a job that draws with a trained model: its own sampler first, then what the user says.
+
+    Scores are made as the training's own: with its `evaluation` and `seed` too.
 
     Another sampler (`sampler=NAME`) has its own file's values, but guides as the model's own does.
     """
@@ -168,8 +170,9 @@ def with_model_defaults(job: str, overrides: Sequence[str]) -> list[str]:
 
 
 def _run_defaults(trained: Mapping[str, Any], schema: type, given: Mapping[str, str]) -> list[str]:
-    defaults = []
-    for section in {"sampler", "evaluation"} & {f.name for f in dataclasses.fields(schema)}:
+    sections = {"sampler", "evaluation"} & {f.name for f in dataclasses.fields(schema)}
+    defaults = [f"seed={trained['seed']}"] if "evaluation" in sections else []
+    for section in sections:
         chosen = section in given
         if section == "sampler" and not chosen:
             defaults.append(f"sampler={trained[section]['schema']}")

@@ -19,7 +19,6 @@ from ldm_scale.data.config import DataConfig
 from ldm_scale.data.samples import Task
 from ldm_scale.first_stage.base import FirstStage
 from ldm_scale.images.resize import ImageTransformConfig
-from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import guidance_sweep, loading, reference_set, watch
 from ldm_scale.jobs.kept import Between, Kept, kept_beside
 from ldm_scale.jobs.schemas.evaluate import EvaluateJob
@@ -75,8 +74,7 @@ def _score_second_stage(job: EvaluateJob, between: Between) -> None:
     trained = source.load_as_trained(runtime.device())
     data = replace(source.data, validation=job.data.images or source.data.validation)
     held_out = HeldOutImages.open(data, job.evaluation.images)
-    transform = jobs_config.to_plain(data.transform)
-    scores = GenerationScores(job.evaluation, job.paths, held_out, transform, runtime.device())
+    scores = GenerationScores(job.evaluation, job.paths, held_out, runtime.device(), between)
     generator = Generator(
         model=trained.model,
         first_stage=trained.first_stage,
@@ -85,14 +83,17 @@ def _score_second_stage(job: EvaluateJob, between: Between) -> None:
         size=(source.size, source.size),
         seed=job.seed,
     )
-    out, title = _out(job, source.checkpoint), f"{job.run_dir}: {trained.described}"
-    if job.guidances:
-        out = out.with_name(f"{out.name}_guidance")
+    title = f"{job.run_dir}: {trained.described}"
+
+    def identity(generator: Generator) -> dict[str, Any]:
+        return {"weights": source.digest, **scores.identity(generator)}
+
+    name = f"{_name(job, source.checkpoint)}{'_guidance' if job.guidances else ''}"
+    out = _out(Path(job.run_dir), name, {**identity(generator), "guidances": job.guidances})
     with kept_beside(out) as folder:
 
         def score(generator: Generator, name: str) -> dict[str, float]:
-            kept = Kept(folder / name, {"weights": source.digest, **scores.identity(generator)})
-            return scores(generator, between, kept)
+            return scores(generator, between, Kept(folder / name, identity(generator)))
 
         if job.guidances:
             guidance_sweep.run(scores, score, generator, job.guidances, out, title)
@@ -112,8 +113,10 @@ class _Scored:
     """Which weights these are, in words."""
     data: DataConfig
     """The images, as `validation`, and how they are brought to size."""
-    out: Path
-    """Where scores go, without the name's end."""
+    where: Path
+    """The directory of the run or the weights."""
+    name: str
+    """Of these weights there."""
 
 
 def _trained(job: EvaluateJob, trained: loading.RunWeights) -> _Scored:
@@ -121,7 +124,8 @@ def _trained(job: EvaluateJob, trained: loading.RunWeights) -> _Scored:
     transform = data.transform if size is None else replace(data.transform, size=size, resize=None)
     data = replace(data, validation=job.data.images or data.validation, transform=transform)
     described = f"{job.run_dir}: {trained.described}"
-    return _Scored(trained.first_stage(), trained.dtypes.parameter, described, data, _out(job, trained.checkpoint))
+    name = _name(job, trained.checkpoint)
+    return _Scored(trained.first_stage(), trained.dtypes.parameter, described, data, Path(str(job.run_dir)), name)
 
 
 def _given(job: EvaluateJob) -> _Scored:
@@ -129,8 +133,8 @@ def _given(job: EvaluateJob) -> _Scored:
     assert checkpoint is not None and size is not None, "EvaluateJob checks it"
     transform = ImageTransformConfig(size=size)
     data = DataConfig(validation=job.data.images, transform=transform, task=Task.unconditional)
-    network, out = loading.described_first_stage(checkpoint), Path(checkpoint) / "evaluation" / "weights"
-    return _Scored(network, torch.float32, checkpoint, data, out)
+    network = loading.described_first_stage(checkpoint)
+    return _Scored(network, torch.float32, checkpoint, data, Path(checkpoint), "weights")
 
 
 def _score_first_stage(job: EvaluateJob, scored: _Scored, between: Between) -> None:
@@ -139,16 +143,13 @@ def _score_first_stage(job: EvaluateJob, scored: _Scored, between: Between) -> N
     network = scored.network.to(runtime.device())
     held_out = HeldOutImages.open(scored.data, job.evaluation.images)
     scores = ReconstructionScores(job.evaluation, job.paths, held_out, runtime.device())
-    conditions = {
-        "weights": scored.described, "first_stage_sha256": network.digest(), **scores.conditions(),
-        "images": scored.data.validation, "size": scored.data.transform.size,
-    }  # fmt: skip
-    out = scored.out.with_name(f"{scored.out.name}_{held_out.digest[:8]}_{scored.data.transform.size}")
-    transform = jobs_config.to_plain(scored.data.transform)
+    weights = {"first_stage_sha256": network.digest()}
+    conditions = {"weights": scored.described, **weights, **scores.conditions(), "images": scored.data.validation}
     network.to(scored.dtype)
+    identity = {**weights, **scores.identity(network)}
+    out = _out(scored.where, scored.name, identity)
     with kept_beside(out) as folder:
-        kept = Kept(folder, {**conditions, **scores.identity(network), "transform": transform})
-        found = scores(network, between, kept)
+        found = scores(network, between, Kept(folder, identity))
         _write(out, found.scores, {"conditions": conditions}, scored.described)
     if runtime.is_main():
         _show(out, network, held_out, found)
@@ -183,7 +184,11 @@ def _write(out: Path, found: Mapping[str, float], beside: Mapping[str, Any], tit
     print(f"scores and what they depend on: {file}")
 
 
-def _out(job: EvaluateJob, checkpoint: Path) -> Path:
-    """Where the scores of a checkpoint of a run go, without the end of the name."""
-    name = f"{checkpoint.name.removeprefix('images_')}_{job.weights.replace('/', '_')}"
-    return Path(str(job.run_dir)) / "evaluation" / name
+def _name(job: EvaluateJob, checkpoint: Path) -> str:
+    """What weights of a checkpoint are called in the names of files."""
+    return f"{checkpoint.name.removeprefix('images_')}_{job.weights.replace('/', '_')}"
+
+
+def _out(where: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """Where scores go, without the end of the name; those of other settings, perhaps made meanwhile, go elsewhere."""
+    return where / "evaluation" / f"{name}_{storage.digest(identity)[:8]}"

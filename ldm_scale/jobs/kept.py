@@ -7,6 +7,7 @@ batches come out the same to the last bit: each rank has the batches that it wou
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def results(
 ) -> Iterator[tuple[range, Result]]:
     """This rank's share of `parts`, each with what `make` makes of it, or made of it before. Collective.
 
-    make  called by all ranks together, so it may be collective itself; where parts run out, its result is dropped
+    make    called by all ranks together, so it may be collective itself; where parts run out, its result is dropped
+    raises  ValueError on all ranks where `make` does on one
     """
     done = 0 if kept is None else kept.done(parts)
     for number, (part, counts) in enumerate(shared(parts)):
@@ -112,7 +114,7 @@ def results(
         if kept is not None and number * runtime.world() < done:
             result = kept.read(part) if counts else {}
         else:
-            result = make(part)
+            result = runtime.together(partial(make, part))
             if kept is not None and counts:
                 kept.write(part, result)
         if counts:

@@ -45,6 +45,7 @@ from ldm_scale.jobs.speed import Machine, Step, Work
 from ldm_scale.training.batch_fit import BatchFit, fit_batch
 from ldm_scale.training.engine import EngineKind
 from ldm_scale.training.throughput import forward_flops
+from ldm_scale.training.validation import VALIDATED
 
 _GPU_CONTEXT = 2_000_000_000  # bytes of CUDA, cuDNN and NCCL, outside of torch's allocator
 _TEXT_BYTES = 256  # of a cached caption with its index and metadata, beside the blocks that it fills
@@ -202,7 +203,7 @@ def measure(job: Experiment) -> Figures:
         beside_bytes=4 * (parameters(first) + parameters(conditioner) - parameters(model.conditioner)),
         training_flops=3 * forward,
         encoder_flops=encode,
-        evaluation_flops=scores * (len(scored) * draw + len(validated) * BUCKETS * forward),
+        evaluation_flops=scores * len(scored) * draw + min(scores, VALIDATED) * len(validated) * BUCKETS * forward,
         showing_flops=grid * draw,
         prompting_flops=2 * captions * sum(drawn(guidance) for guidance in PROMPT_GUIDANCES),
     )

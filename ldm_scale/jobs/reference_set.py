@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_scale.core import rng, runtime, storage
+from ldm_scale.core import runtime, storage
 from ldm_scale.core.run_dir import RunDir
+from ldm_scale.core.shares import ranges
 from ldm_scale.core.tensors import from_uint8
 from ldm_scale.data.config import DataConfig
 from ldm_scale.data.index import IMAGE_FIELDS
@@ -23,16 +24,16 @@ from ldm_scale.data.samples import Task
 from ldm_scale.data.sources import ImageBatch
 from ldm_scale.evaluation.statistics import Collector, Score, save_reference
 from ldm_scale.images.decode import UndecodableImage, decode
-from ldm_scale.images.resize import UNIFORMS, ImageTransform, ImageTransformConfig, RejectedImage
+from ldm_scale.images.resize import ImageTransform, ImageTransformConfig, RejectedImage
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs import loading
-from ldm_scale.jobs.kept import Between
+from ldm_scale.jobs.kept import Between, Kept, Result, kept_beside, results
 from ldm_scale.jobs.schemas.evaluate import EvaluateJob
 from ldm_scale.jobs.scores import HeldOutImages, features_of
 
 
 def write(job: EvaluateJob, file: Path, between: Between = lambda: None) -> None:
-    """Look at every image of the set, and write the file. Collective.
+    """Look at every image of the set, and write the file; broken off and called again, go on. Collective.
 
     raises  FileNotFoundError where there are no images, ValueError where one of a folder cannot be read
     """
@@ -41,15 +42,20 @@ def write(job: EvaluateJob, file: Path, between: Between = lambda: None) -> None
     features = features_of(job.evaluation, job.paths).to(runtime.device())
     scores = [score for score in job.evaluation.scores if score is not Score.inception_score]  # of generated images
     collector = Collector(features, images.count, scores)
-    for indices, batch, counts in images.shared(job.evaluation.batch):
-        between()
-        if counts:
-            collector.add(indices.start, collector.look(batch.images))
-    statistics = collector.finish()
+    batch, transform = job.evaluation.batch, jobs_config.to_plain(images.transform)
+    identity = {"features": features.digest, "transform": transform, "images_digest": images.digest}
+
+    def seen(part: range) -> Result:
+        return {"features": collector.look(images.read(part).images)}
+
+    with kept_beside(file) as folder:
+        kept = Kept(folder, {**identity, "batch": batch})
+        for part, result in results(ranges(images.count, batch), seen, between, kept):
+            collector.add(part.start, result["features"])
+        statistics = collector.finish()
+        if runtime.is_main():
+            save_reference(file, statistics, {**identity, "images": data.validation})
     if runtime.is_main():
-        transform = jobs_config.to_plain(data.transform)
-        origin = {"features": features.digest, "transform": transform, "images": data.validation}
-        save_reference(file, statistics, {**origin, "images_digest": images.digest})
         print(f"{images.count:,} images of {data.validation}, {features.name}, transform {transform}")
         print(f"{file}: sha256 {storage.sha256_file(file)}; compare to it by evaluation.reference={file}")
 
@@ -73,7 +79,8 @@ def open_images(data: DataConfig) -> HeldOutImages:
     if not files:
         raise FileNotFoundError(f"data.images={folder} holds neither shards (*.tar) nor images ({IMAGE_FIELDS})")
     digest = storage.digest([(str(path.relative_to(folder)), storage.sha256_file(path)) for path in files])
-    return HeldOutImages(ImageFiles(files, data.transform.build(), data.threads), len(files), digest)
+    transform = data.transform.fixed
+    return HeldOutImages(ImageFiles(files, transform.build(), data.threads), len(files), digest, transform)
 
 
 class ImageFiles:
@@ -88,15 +95,14 @@ class ImageFiles:
 
         raises  ValueError naming a file that cannot be read
         """
-        positions_B = torch.from_numpy(positions)
-        uniforms = rng.uniform(0, "transform", positions_B, (UNIFORMS,)).numpy()
         files = [self._files[position] for position in positions]
-        images_BCHW = torch.stack(list(self._pool.map(self._one, files, uniforms)))
-        return ImageBatch(positions_B, [path.name for path in files], [""] * len(files), images_BCHW, None)
+        images_BCHW = torch.stack(list(self._pool.map(self._one, files)))
+        keys, captions = [path.name for path in files], [""] * len(files)
+        return ImageBatch(torch.from_numpy(positions), keys, captions, images_BCHW, None)
 
-    def _one(self, path: Path, u: np.ndarray) -> Tensor:
+    def _one(self, path: Path) -> Tensor:
         try:
-            pixels = self._transform(decode(path.read_bytes()), u=u)
+            pixels = self._transform(decode(path.read_bytes()))
         except (UndecodableImage, RejectedImage) as error:
             raise ValueError(f"{path}: {error}; take it out of the reference set, or mend it") from error
         return from_uint8(torch.from_numpy(pixels)).permute(2, 0, 1)

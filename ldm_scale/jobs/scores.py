@@ -8,6 +8,7 @@ Shape letters: N images in all, B images at once, C channels, H W height and wid
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from ldm_scale.core.tensors import to_uint8
 from ldm_scale.data.cache import LatentStatistics
 from ldm_scale.data.config import DataConfig
 from ldm_scale.data.order import Order
+from ldm_scale.data.shards import RemovedSample
 from ldm_scale.data.sources import ImageBatch, ImageSource
 from ldm_scale.evaluation.alignment import ClipScore, caption_accuracy
 from ldm_scale.evaluation.features import Features, InceptionFeatures, RandomFeatures, Resizing, VggFeatures
@@ -29,6 +31,7 @@ from ldm_scale.evaluation.statistics import Collector, Statistics, compare, load
 from ldm_scale.first_stage.base import FirstStage, Rebuilt
 from ldm_scale.first_stage.loss import AutoencoderLossConfig, Perceptual, PerceptualKind, perceptual_network, vgg16_file
 from ldm_scale.first_stage.vq import AutoencoderVQConfig, perplexity, usage
+from ldm_scale.images.resize import ImageTransformConfig
 from ldm_scale.jobs import config as jobs_config
 from ldm_scale.jobs.kept import Between, Kept, Result, results
 from ldm_scale.jobs.schemas.experiment import EvaluationConfig, FeatureNetwork, PathsConfig
@@ -47,12 +50,13 @@ class Readable(Protocol):
 class HeldOutImages:
     """Images that training does not see, in a fixed shuffle; read when they are looked at.
 
-    count   how many of them are used
-    digest  of the shards they come from: which reference set a score was computed against
+    count      how many of them are used
+    digest     of the shards they come from: which reference set a score was computed against
+    transform  what brings them to size, the same way each time
     """
 
-    def __init__(self, source: Readable, count: int, digest: str) -> None:
-        self._source, self.count, self.digest = source, count, digest
+    def __init__(self, source: Readable, count: int, digest: str, transform: ImageTransformConfig) -> None:
+        self._source, self.count, self.digest, self.transform = source, count, digest, transform
 
     @classmethod
     def open(cls, data: DataConfig, count: int | None) -> "HeldOutImages":
@@ -60,20 +64,36 @@ class HeldOutImages:
 
         raises  ValueError or FileNotFoundError naming data.validation
         """
-        shards = data.open_validation()
+
+        def refuse(key: str, reason: str, position: int) -> None:
+            if reason != RemovedSample.REASON:
+                raise ValueError(
+                    f"{key} of the held-out images {data.validation} cannot be read: {reason}. A score is of all of "
+                    "them: mend it, or write the shards without it"
+                )
+
+        shards, transform = data.open_validation(), data.transform.fixed
         source = ImageSource(
-            shards, Order(n=shards.n, seed=0), data.transform.build(), seed=0, task=data.task, threads=data.threads
-        )
-        return cls(source, shards.n if count is None else min(count, shards.n), shards.content_id)
+            shards, Order(n=shards.n, seed=0), transform.build(), seed=0, task=data.task, threads=data.threads,
+            on_bad=refuse,
+        )  # fmt: skip
+        return cls(source, shards.n if count is None else min(count, shards.n), shards.content_id, transform)
 
     def read(self, indices: Sequence[int]) -> ImageBatch:
-        """Images in [-1, 1], on the CPU, with their captions."""
+        """Images in [-1, 1], on the CPU, with their captions.
+
+        raises  ValueError naming one that cannot be read
+        """
         return self._source.read(np.array(indices))
 
-    def shared(self, batch: int) -> Iterator[tuple[range, ImageBatch, bool]]:
-        """This rank's batches of them: numbers, images, and whether they count (see core/shares.py)."""
+    def shared(self, batch: int, between: Between = lambda: None) -> Iterator[tuple[range, ImageBatch, bool]]:
+        """This rank's batches of them: numbers, images, and whether they count (see core/shares.py). Collective.
+
+        raises  ValueError on all ranks where one cannot be read
+        """
         for indices, counts in shared(ranges(self.count, batch)):
-            yield indices, self.read(indices), counts
+            between()
+            yield indices, runtime.together(partial(self.read, indices)), counts
 
 
 class GenerationScores:
@@ -84,21 +104,21 @@ class GenerationScores:
         config: EvaluationConfig,
         paths: PathsConfig,
         held_out: HeldOutImages,
-        transform: dict[str, Any],
         device: torch.device,
+        between: Between = lambda: None,
         beside: Callable[[range, Tensor], None] = lambda indices, images_BCHW: None,
     ) -> None:
         """Look at the reference set. Collective.
 
-        transform  how training prepares images, plain values: a reference file must have prepared its own alike
-        beside     shown each batch of this rank too, so that held-out images are read once
+        beside  shown each batch of this rank too, so that held-out images are read once
+        raises  ValueError where evaluation.reference did not prepare its images as the held-out ones are
         """
         self._config, self._held_out = config, held_out
         self._features = features_of(config, paths).to(device)
         self._clip = None if config.clip is None else ClipScore(config.clip).to(device)
         captions: list[tuple[int, list[str]]] = []
         look = self._look(held_out.count) if config.reference is None else None
-        for indices, batch, counts in held_out.shared(config.batch):
+        for indices, batch, counts in held_out.shared(config.batch, between):
             if counts:
                 captions.append((indices.start, batch.captions))
                 beside(indices, batch.images)
@@ -111,6 +131,7 @@ class GenerationScores:
             self._reference, self._real = look.finish()
             self._reference_is = held_out.digest
         else:
+            transform = jobs_config.to_plain(held_out.transform)
             wanted = {"features": self._features.digest, "transform": transform}
             kept = load_reference(Path(str(config.reference)), wanted, config.scores)
             self._reference, self._real, self._reference_is = kept.statistics, {}, kept.digest
@@ -142,8 +163,9 @@ class GenerationScores:
         """What a score depends on besides the weights."""
         return {
             "n": self._config.images,
-            "reference_images": self._reference.gaussian.count,
+            "reference_images": self._reference.count,
             "reference": self._reference_is,
+            "transform": jobs_config.to_plain(self._held_out.transform),
             "features": self._features.digest,
             "clip": None if self._clip is None else self._clip.digest,
             "sampler": jobs_config.to_plain(generator.sampler)["schema"],
@@ -219,7 +241,7 @@ class Reconstructions:
 class ReconstructionScores:
     """Fidelity of encoding and decoding held-out images with the mean of the posterior.
 
-    LPIPS is measured where the features are Inception's: both need published weights.
+    LPIPS is measured unless features are random: it needs published weights too.
     """
 
     def __init__(
@@ -229,6 +251,15 @@ class ReconstructionScores:
         held_out: HeldOutImages,
         device: torch.device,
     ) -> None:
+        """Prepare to look.
+
+        raises  ValueError where there is an evaluation.reference, FileNotFoundError where weights are absent
+        """
+        if config.reference is not None:
+            raise ValueError(
+                f"evaluation.reference={config.reference}: a first stage gives held-out images back, and is compared "
+                "to them: evaluation.reference=null"
+            )
         self._config, self._held_out, self._device = config, held_out, device
         self._features = features_of(config, paths).to(device)
         is_random = config.features is FeatureNetwork.random
@@ -284,14 +315,20 @@ class ReconstructionScores:
 
     def conditions(self) -> dict[str, Any]:
         """What a score depends on besides the weights."""
-        return {"n": self._held_out.count, "reference": self._held_out.digest, "features": self._features.digest}
+        return {
+            "n": self._held_out.count,
+            "reference": self._held_out.digest,
+            "transform": jobs_config.to_plain(self._held_out.transform),
+            "features": self._features.digest,
+        }
 
     def identity(self, first_stage: FirstStage) -> dict[str, Any]:
-        """Everything that the look at an image depends on besides the weights and the transform; plain values."""
+        """Everything that the look at an image depends on besides the weights; plain values."""
         return {
             **self.conditions(),
             "evaluation": jobs_config.to_plain(self._config),
             "first_stage": jobs_config.to_plain(first_stage.config),
+            "dtype": str(next(first_stage.parameters()).dtype),
         }
 
 

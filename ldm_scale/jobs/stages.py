@@ -53,7 +53,7 @@ from ldm_scale.training.intake import Given, Intake, Spread
 from ldm_scale.training.optimizer import OptimizerConfig
 from ldm_scale.training.steps import AutoencoderStep, CachedMoments, DiffusionStep, EncodedMoments, Step
 from ldm_scale.training.throughput import training_flops
-from ldm_scale.training.validation import HeldOut
+from ldm_scale.training.validation import VALIDATED, HeldOut
 
 log = runtime.logger(__name__)
 
@@ -212,8 +212,7 @@ class AutoencoderStage(Stage):
         return self._scores.conditions()
 
     def identity(self) -> dict[str, Any]:
-        transform = jobs_config.to_plain(self._job.data.transform)
-        return {**self._scores.identity(self.module), "transform": transform}
+        return self._scores.identity(self.module)
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Originals above their reconstructions."""
@@ -260,7 +259,7 @@ class DiffusionStage(Stage):
     A frozen text encoder is outside of it too: its output is cached with the latents.
     """
 
-    def __init__(self, job: TrainJob, device: torch.device, on_bad: OnBad) -> None:
+    def __init__(self, job: TrainJob, device: torch.device, on_bad: OnBad, between: Between) -> None:
         self._job = job
         is_cached = job.data.source is Origin.latents
         caches = job.data.open_latents() if is_cached else {}
@@ -285,18 +284,17 @@ class DiffusionStage(Stage):
             self.source = images = job.data.image_source(shards, job.seed, prepare, on_bad)
             mean, std = self._spread_of_first_batch(encoded, images, device)
         scale = scale_of_latents(job.first_stage.scale or loading.stated_scale(job.first_stage), std)
-        transform = jobs_config.to_plain(job.data.transform)
-        z_0_NCHW = torch.zeros(self._held_out.count, *self._latent_shape)
+        z_0_NCHW = torch.zeros(min(self._held_out.count, VALIDATED), *self._latent_shape)
 
         @torch.no_grad()
         def encode(indices: range, images_BCHW: Tensor) -> None:
-            z_0_BCHW = self._first_stage.encode(images_BCHW.to(device)).mean
-            z_0_NCHW[indices.start : indices.stop] = z_0_BCHW.cpu()
+            if len(rows := z_0_NCHW[indices.start : indices.stop]):
+                rows.copy_(self._first_stage.encode(images_BCHW[: len(rows)].to(device)).mean)
 
-        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, transform, device, encode)
+        self._scores = GenerationScores(job.evaluation, job.paths, self._held_out, device, between, encode)
         add_up(z_0_NCHW)
         conditioner = self.module.conditioner
-        inputs = None if conditioner is None else conditioner.prepare(self._scores.captions)
+        inputs = None if conditioner is None else conditioner.prepare(self._scores.captions[: len(z_0_NCHW)])
         self._unscaled = Spread(mean, std), HeldOut(z_0_NCHW, inputs, job.seed, job.evaluation.batch)
         self._scale_latents(scale)
 
@@ -373,8 +371,7 @@ class DiffusionStage(Stage):
         return self._scores.conditions(self._generator())
 
     def identity(self) -> dict[str, Any]:
-        transform = jobs_config.to_plain(self._job.data.transform)
-        return {**self._scores.identity(self._generator()), "transform": transform}
+        return self._scores.identity(self._generator())
 
     def show(self, images_seen: int, tracker: Tracker, between: Between) -> None:
         """Held-out captions, always the same ones from the same noise; of the first few, also how they came about."""
@@ -490,10 +487,16 @@ class DiffusionStage(Stage):
         )
 
 
-def stage_of(job: TrainJob, device: torch.device, on_bad: OnBad) -> Stage:
-    """The training that a job asks for."""
-    kind = AutoencoderStage if job.trains_first_stage else DiffusionStage
-    return kind(job, device, on_bad)
+def stage_of(job: TrainJob, device: torch.device, on_bad: OnBad, between: Between = lambda: None) -> Stage:
+    """The training that a job asks for. Collective.
+
+    between  called between batches of held-out images, by all ranks together
+    """
+    return (
+        AutoencoderStage(job, device, on_bad)
+        if job.trains_first_stage
+        else DiffusionStage(job, device, on_bad, between)
+    )
 
 
 def open_images(data: DataConfig) -> dict[str, ShardSet]:

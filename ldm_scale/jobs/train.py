@@ -108,7 +108,13 @@ def _train(launch: _Launch) -> Outcome:
     )
     launch.startup.mark("process_group")
     try:
-        outcome = _watched(launch, engine, watchdog, parent)
+        try:
+            outcome = _watched(launch, engine, watchdog, parent)
+        except runtime.Preempted:  # while it looked at held-out images; nothing has begun
+            outcome = "preempted"
+            if runtime.is_main():
+                run_dir.write_status(outcome, images=_images(run_dir))
+            launch.tracker.finish(outcome)
         watchdog.close()
         engine.close()
         return outcome
@@ -122,7 +128,7 @@ def _watched(launch: _Launch, engine: Engine, watchdog: Watchdog, parent: branch
     job, run_dir, tracker, startup = launch.job, launch.run_dir, launch.tracker, launch.startup
     torch.manual_seed(job.seed)
     unread = Unread()
-    stage = stage_of(job, engine.device, unread)
+    stage = stage_of(job, engine.device, unread, launch.preemption.between)
     startup.mark("data_and_model")
     stage.prepare(engine, job.optimizer)
     ema = EMA(engine.masters, job.ema_half_lives)
@@ -290,11 +296,12 @@ def _assemble(
 def _still_due(run_dir: RunDir, state: dict[str, Any]) -> Due:
     """What was due when a checkpoint was written, but for what the run directory has of it already. Collective."""
     images, due = state["images_seen"], Due(**state["due"])
-    logged = {name for line in run_dir.read_lines(run_dir.metrics) if line["images_seen"] == images for name in line}
-    evaluated = any(name.startswith(("val/", "eval/")) for name in logged)
-    shown = any(run_dir.media.glob(f"samples__*/{images:012d}.png"))
-    there = Due(evaluate=due.evaluate and not evaluated, show=due.show and not shown)
-    return runtime.gathered(there)[0]
+    if runtime.is_main():
+        lines = [line for line in run_dir.read_lines(run_dir.metrics) if line["images_seen"] == images]
+        evaluated = any(name.startswith(("val/", "eval/")) for line in lines for name in line)
+        shown = any(run_dir.media.glob(f"samples__*/{images:012d}.png"))
+        due = Due(evaluate=due.evaluate and not evaluated, show=due.show and not shown)
+    return runtime.gathered(due)[0]
 
 
 def _closed(run_dir: RunDir, under_way: Run, outcome: Outcome) -> Outcome:

@@ -66,7 +66,7 @@ def run(run_dir: RunDir, every: int, preemption: runtime.Preemption) -> None:
 def _watch(run_dir: RunDir, every: int, preemption: runtime.Preemption) -> None:
     plain = storage.read_json(run_dir.config)
     job: TrainJob = jobs_config.job_from_plain("train", plain)
-    stage = stage_of(job, runtime.device(), lambda key, reason, position: None)
+    stage = stage_of(job, runtime.device(), lambda key, reason, position: None, preemption.between)
     stage.module.to(runtime.device())
     stage.match(DTYPES[job.engine.kind, job.engine.precision])
     for found in _appearing(run_dir, every, preemption):

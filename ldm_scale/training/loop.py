@@ -251,9 +251,12 @@ def _looked(run: Run) -> bool:
     try:
         with run.watchdog.phase("evaluation"), run.meter.pause("evaluation"):
             if run.due.evaluate:
-                for found in run.evaluate():
-                    run.tracker.log(run.images_seen, found.scores | _gap(run, found.scores))
-                    run.tracker.event(run.images_seen, "evaluation", scores=found.scores, **found.conditions)
+                found = run.evaluate()
+                for one in found:
+                    run.tracker.event(run.images_seen, "evaluation", scores=one.scores, **one.conditions)
+                # Of all weights in one line, and last: whenever a kill comes, it is there with all that belongs to it.
+                scores = {name: value for one in found for name, value in one.scores.items()}
+                run.tracker.log(run.images_seen, scores | _gap(run, scores))
                 run.due = replace(run.due, evaluate=False)
             if run.due.show:
                 run.show(run.images_seen)

@@ -17,6 +17,9 @@ from ldm_scale.core.shares import add_up, ranges, shared
 from ldm_scale.diffusion.timesteps import BUCKETS, bucket_names, bucket_width
 from ldm_scale.latent_diffusion.model import LatentDiffusion
 
+VALIDATED = 2048
+"""Held-out images that the loss is of, at most: each is seen at ten timesteps, with every set of weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:

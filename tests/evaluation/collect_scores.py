@@ -36,7 +36,7 @@ def main(out: str, weights: str, count: int, batch: int) -> None:
                 if counts:
                     collector.add(indices.start, collector.look(images(of, indices)))
             sets.append(collector.finish())
-        assert sets[0].gaussian.count == count
+        assert sets[0].gaussian is not None and sets[0].gaussian.count == count
         found |= compare(*sets, scores, features.name)
     if runtime.is_main():
         Path(out).write_text(json.dumps(found))

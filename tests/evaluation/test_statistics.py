@@ -145,7 +145,7 @@ def test_published_scores_have_the_names_of_papers():
 
 
 def test_features_are_kept_only_where_a_score_needs_them():
-    assert taken([Score.frechet]).features_ND is None
+    assert taken([Score.frechet]).features_ND is None and taken([Score.precision_recall]).gaussian is None
     kept = taken([Score.frechet, Score.kernel]).features_ND
     assert kept is not None
     torch.testing.assert_close(kept, RandomFeatures()(images("real", range(40))))
@@ -177,5 +177,8 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path: Path):
     other = {"features": "abc", "transform": {"size": 64}}
     with pytest.raises(ValueError, match=r"transform: \{'size': 32\} there, \{'size': 64\} here"):
         load_reference(path, other, [Score.frechet])
-    with pytest.raises(ValueError, match=r"without every image's features"):
-        load_reference(path, ORIGIN, [Score.kernel])
+    with pytest.raises(ValueError, match=r"written without what kernel of evaluation\.scores need"):
+        load_reference(path, ORIGIN, [Score.frechet, Score.kernel])
+    save_reference(path, taken([Score.kernel]), ORIGIN)
+    with pytest.raises(ValueError, match=r"written without what frechet of evaluation\.scores need"):
+        load_reference(path, ORIGIN, [Score.frechet, Score.kernel])

@@ -1,6 +1,9 @@
 """An evaluation that signals and kills break off goes on, on another number of processes, to the same scores."""
 
+import multiprocessing
+import shutil
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +38,18 @@ def broken_off(start: Callable[[], Launch], number: signal.Signals, folder: Path
     return kept(folder)
 
 
+def damaged(images: Path, folder: Path) -> Path:
+    """A copy of some shards, in which one image is not what it was."""
+    shutil.copytree(images, folder)
+    (shard,) = folder.glob("*.tar")
+    with tarfile.open(shard) as tar:
+        image = next(member for member in tar if member.name.endswith(".png") and ".seg." not in member.name)
+    with open(shard, "r+b") as file:
+        file.seek(image.offset_data)
+        file.write(bytes(40))
+    return folder
+
+
 @pytest.mark.slow
 def test_scores_broken_off_go_on_where_they_were(toy: Toy, tmp_path: Path) -> None:
     run, logs = tmp_path / "run", tmp_path
@@ -57,19 +72,46 @@ def test_scores_broken_off_go_on_where_they_were(toy: Toy, tmp_path: Path) -> No
     alone.finish()
     assert list(curve(run, "eval/fd_random")) == [0, 24] and not unfinished.exists()
 
-    asked = [f"run_dir={run}", "evaluation.features=random", "evaluation.scores=[frechet]", "weights=raw", *HOW]
-    out = run / "evaluation" / f"{24:012d}_raw.json"
+    def evaluation(world: int, *more: str) -> Launch:
+        return Launch("evaluate", [f"run_dir={run}", "weights=raw", *more], world=world, log=logs / "evaluate.txt")
 
-    def evaluation(world: int) -> Launch:
-        return Launch("evaluate", asked, world=world, log=logs / "evaluate.txt")
+    def score(out: Path) -> float:
+        found: float = storage.read_json(out)["scores"]["eval/fd_random"]
+        return found
 
+    evaluation(1).finish()
+    (out,) = run.glob(f"evaluation/{24:012d}_raw_????????.json")
+    assert score(out) == pytest.approx(curve(run, "eval/fd_random_raw")[24], rel=1e-9)
+    out.unlink()
     folder = out.with_name(f"{out.stem}.unfinished") / "scores"
     told = broken_off(lambda: evaluation(2), signal.SIGTERM, folder, 4)
-    for _ in ("goes on", "undisturbed"):
-        evaluation(1).finish()
-        scores = storage.read_json(out)["scores"]
-        assert scores["eval/fd_random"] == pytest.approx(curve(run, "eval/fd_random_raw")[24], rel=1e-9)
-        assert not folder.parent.exists()
+    evaluation(1, "sampler.guidance=1").finish()  # meanwhile, of the same weights
+    (other,) = run.glob("evaluation/*.json")
+    assert other != out and told.items() <= kept(folder).items()
+    evaluation(1).finish()
+    assert score(out) == pytest.approx(curve(run, "eval/fd_random_raw")[24], rel=1e-9) != score(other)
+    assert not folder.parent.exists()
+
+    launch = evaluation(2, f"data.images={damaged(toy.path / 'toy/val', tmp_path / 'damaged')}")
+    assert None not in launch.ended() and launch.said().count("cannot be read: ") == 2  # neither waits for the other
+
+
+@pytest.mark.slow
+def test_a_training_told_to_stop_while_it_looks_at_held_out_images_is_preempted(toy: Toy, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    launch = toy.train(run.path, world=1)
+    (process,) = multiprocessing.active_children()
+    assert launch.reaches(lambda: hears(process.pid, signal.SIGTERM)), launch.said()
+    launch.send(signal.SIGTERM, 0)
+    assert launch.ended() == [75], launch.said()
+    assert storage.read_json(run.status)["state"] == "preempted" and not run.checkpoints.exists()
+
+
+def hears(pid: int | None, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (number - 1) & 1)
 
 
 def test_what_was_kept_of_other_work_is_made_again(tmp_path: Path) -> None:

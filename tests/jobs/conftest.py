@@ -98,7 +98,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     found = World(tmp_path_factory.mktemp("world"))
     write_world(found.path / "toy", Recipe(train=96, val=24, objects=1, size=32, shard_size=48, seed=0))
-    found.run(found.autoencoder())
+    found.run(found.autoencoder("data.transform.flip=true"))
     found.run(found.text_to_image("precompute.min_psnr=0", script="precompute_latents.py"))
     return found
 

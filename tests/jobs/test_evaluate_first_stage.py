@@ -73,6 +73,7 @@ def test_a_given_first_stage_is_scored_on_given_images(kind: str, images: Path, 
     [
         ([], "name what to score by one of run_dir=RUN, first_stage.checkpoint=DIRECTORY, watch=RUN"),
         (["run_dir=a", "first_stage.checkpoint=b"], "name what to score by one of"),
+        (["run_dir=a", "+batch=2"], "unknown key batch"),
         (["first_stage.checkpoint=b", "data.images=c"], "needs data.images=SHARDS and data.size=PIXELS"),
         (["first_stage.checkpoint=b", "data.images=c", "data.size=32", "weights=raw"], "choose within run_dir="),
     ],
@@ -98,8 +99,12 @@ def test_a_trained_first_stage_scores_as_in_training_and_says_what_its_latents_a
     evaluated(f"run_dir={run.path}", "evaluation.images=8")
     (file,) = (run.path / "evaluation").glob("*.json")
     (last,) = [line for line in run.read_lines(run.metrics) if "eval/psnr" in line][-1:]
-    for name, value in storage.read_json(file)["scores"].items():
-        assert value == pytest.approx(last[name], rel=1e-6), name
+    trained_scores = storage.read_json(file)["scores"]
+    assert trained_scores == pytest.approx({name: last[name] for name in trained_scores}, rel=1e-6)
+    images = f"data.images={world.path}/toy/val"
+    evaluated(f"first_stage.checkpoint={run.path}", images, "data.size=32", "evaluation.images=8")
+    (given_file,) = (path for path in (run.path / "evaluation").glob("*.json") if path != file)
+    assert storage.read_json(given_file)["scores"] == pytest.approx(trained_scores, rel=1e-6)
     said = weights.load(run.weights).config[loading.LATENTS]
     trained = loading.RunWeights(run, name="latest", which="ema")
     network, held_out = trained.first_stage(), HeldOutImages.open(trained.data, 8)

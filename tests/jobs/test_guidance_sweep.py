@@ -41,7 +41,7 @@ def test_one_process_and_two_give_the_same_sweep(world: Any, tmp_path: Path) -> 
             "evaluation.batch=4", "evaluation.scores=[frechet]",
         )  # fmt: skip
         world.run([*start, *evaluate])
-        out = run / "evaluation/000000000032_ema_guidance.json"
+        (out,) = run.glob("evaluation/000000000032_ema_guidance_????????.json")
         found.append(storage.read_json(out))
         with Image.open(out.with_suffix(".png")) as picture:
             assert picture.width > 500

@@ -1,25 +1,30 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 from data_tools.make_shards import main as make_shards
+from ldm_scale.core.runtime import Preempted
+from ldm_scale.data.sources import ImageBatch
 from ldm_scale.evaluation.features import RandomFeatures
 from ldm_scale.evaluation.statistics import load_reference
 from ldm_scale.jobs import config, reference_set
 
 
-def written(file: Path, images: Path, size: int = 32, *overrides: str) -> tuple[dict[str, Any], list[Any]]:
+def asked(file: Path, images: Path, size: int = 32) -> list[str]:
+    return [
+        f"write_reference={file}", f"data.images={images}", f"data.size={size}", "evaluation.features=random",
+        "evaluation.batch=4", "evaluation.scores=[frechet,precision_recall,inception_score]",
+    ]  # fmt: skip
+
+
+def written(file: Path, images: Path, size: int = 32) -> tuple[dict[str, Any], list[Any]]:
     """What it says of itself, and its numbers."""
-    job = config.compose(
-        "evaluate",
-        [
-            f"write_reference={file}", f"data.images={images}", f"data.size={size}", "evaluation.features=random",
-            "evaluation.batch=4", "evaluation.scores=[frechet,precision_recall,inception_score]", *overrides,
-        ],
-    )  # fmt: skip
+    job = config.compose("evaluate", asked(file, images, size))
     reference_set.write(job, file)
     transform = {"size": size, "crop": "center", "border": "crop", "flip": False, "min_side": 1}  # before `resize`
     wanted = {"features": RandomFeatures().digest, "transform": transform}
@@ -50,6 +55,32 @@ def test_a_folder_and_its_shards_give_the_same_numbers(folder: Path, tmp_path: P
     assert (told["images"], told_2["images"]) == (str(folder), str(tmp_path / "shards/train"))
     assert (mean - mean_2).abs().max() < 1e-12 and (covariance - covariance_2).abs().max() < 1e-12
     assert sorted(features.tolist()) == sorted(features_2.tolist())
+
+
+@pytest.mark.filterwarnings("ignore:11 images for")
+def test_a_reference_broken_off_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = config.compose("evaluate", asked(tmp_path / "file", folder))
+    read, batches = list[int](), 0
+
+    def between() -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            raise Preempted
+
+    def noted(self: reference_set.ImageFiles, positions: np.ndarray) -> ImageBatch:
+        read.extend(positions.tolist())
+        return really(self, positions)
+
+    really = reference_set.ImageFiles.read
+    monkeypatch.setattr(reference_set.ImageFiles, "read", noted)
+    with pytest.raises(Preempted):
+        reference_set.write(job, tmp_path / "file", between)
+    reference_set.write(job, tmp_path / "file")
+    assert read == list(range(11)) and [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.undo()
+    whole, undisturbed = written(tmp_path / "whole", folder), load_reference(tmp_path / "file", {}, [])
+    assert torch.equal(whole[1][1], undisturbed.statistics.gaussian.covariance)
 
 
 @pytest.mark.filterwarnings("ignore:11 images for")

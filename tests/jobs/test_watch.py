@@ -28,7 +28,14 @@ def scores(run_dir: RunDir) -> dict[tuple[int, str], dict[str, float]]:
 def test_scores_in_training_and_beside_it_are_the_same_numbers(world: Any) -> None:
     asked = ["every.save=48", "evaluation.weights=[ema,raw]", "evaluation.batch=2", "unet.dropout=0.2"]
     world.run(world.tiny_training("name=scored", *asked))
-    inside = scores(RunDir(world.path / "runs" / "txt2img_laion" / "scored"))
+    scored = RunDir(world.path / "runs" / "txt2img_laion" / "scored")
+    inside = scores(scored)
+    lines = {line["images_seen"]: line for line in scored.read_lines(scored.metrics) if "eval/fd_random" in line}
+    for images_seen, line in lines.items():  # all weights at once, when it is known what each score depends on
+        known = [event for event in scored.read_lines(scored.events) if event["images_seen"] == images_seen]
+        known = [event for event in known if event["event"] == "evaluation"]
+        assert len(known) == 2 and "eval/fd_random_raw" in line
+        assert line["time"] >= max(event["time"] for event in known)
     world.run(world.tiny_training("name=watched", "every.evaluate=0", *asked))
     watched = RunDir(world.path / "runs" / "txt2img_laion" / "watched")
     assert scores(watched) == {}

@@ -18,15 +18,11 @@ class Drawing:
     """Modules imported before the configuration is composed."""
     sampler: SamplerConfig
     """How images are made."""
-    batch: int
-    """Images made at once, per process."""
     seed: int
     """Of the noise; image i has its own stream (seed, i)."""
     paths: PathsConfig
     """Where things lie that no run owns."""
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}; at least 1")
         if self.weights not in ("raw", "ema") and not self.weights.removeprefix("ema/").isdigit():
             raise ValueError(f"weights={self.weights!r}; raw, ema, or ema/HALF_LIFE_IN_IMAGES")

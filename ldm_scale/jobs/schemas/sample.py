@@ -65,6 +65,8 @@ class SampleJob(Drawing):
     """The run directory of a training."""
     model: str | None = None
     """Instead of `run_dir`: a model directory, as `ldm_scale.interop` writes them."""
+    batch: int
+    """Pictures made at once, per process."""
 
     prompts: list[str] = field(default_factory=list)
     """For a model of captions: the captions."""
@@ -112,7 +114,8 @@ class SampleJob(Drawing):
             raise ValueError("checkpoint= and weights= choose within run_dir=; a model= directory holds one set")
         if self.prompts and self.prompts_file:
             raise ValueError("give prompts=['a caption', ...] or prompts_file=FILE, one of the two")
-        for name, value in (("images_per_prompt", self.images_per_prompt), ("count", self.count)):
+        counts = {"batch": self.batch, "images_per_prompt": self.images_per_prompt, "count": self.count}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; at least 1")
         for one, other in (("images", "masks"), ("start", "strength")):
