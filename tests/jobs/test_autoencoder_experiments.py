@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from data_tools import make_openmoji
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.data.loader import Loader
 from ldm_scale.first_stage.vq import AutoencoderVQ
@@ -101,3 +102,24 @@ def test_restarts_bring_most_of_the_codebook_into_use(world: Path, tmp_path: Pat
     assert restarted["eval/codebook_usage"] >= 0.5
     assert restarted["eval/codebook_usage"] > 2 * left["eval/codebook_usage"]
     assert restarted["eval/codebook_perplexity"] > 2 * left["eval/codebook_perplexity"]
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_against_a_discriminator_it_is_sharper_than_by_absolute_error_alone_for_less_than_1_5_db(
+    kind: str, tmp_path: Path
+) -> None:
+    """On held-out drawings, as docs/first_stages.md says; half as long."""
+    make_openmoji.main([str(tmp_path / "openmoji"), "--size", "32"])
+    adversarial = "autoencoder_loss.adversarial."
+    against = [f"{adversarial}{one}" for one in ("kind=hinge", "weight=0.25", "norm=batch", "channels=32")]
+    length = ["total_images=4096", "evaluation.images=256", f"{adversarial}start_images=1024"]
+    alone, judged = (
+        Training(f"autoencoder_{kind}_f4", tmp_path / "openmoji", 256, *length, *more).stage.evaluate(
+            lambda: None, Kept(tmp_path / str(len(more)), {})
+        )
+        for more in ([], against)
+    )
+    assert 1.2 * alone["eval/detail"] < judged["eval/detail"] < 1
+    assert judged["eval/psnr"] > alone["eval/psnr"] - 1.5
