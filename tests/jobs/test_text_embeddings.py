@@ -179,8 +179,9 @@ def test_a_training_reads_them_and_holds_no_encoder(world: Any, clip: list[str],
     steps = ["global_batch=8", "micro_batch=8", "total_images=24", "optimizer.warmup_images=8", "every.save=24",
              "every.evaluate=24", "every.sample=24", "every.log=8", "ema_half_lives=[8]"]  # fmt: skip
     without = [*tiny, f"data.latents={world.path}/latents"]
+    job = config.compose("train", [experiment, *without, *steps])
     with pytest.raises(ValueError, match="holds no embeddings of its captions"):
-        DiffusionStage(config.compose("train", [experiment, *without, *steps]), torch.device("cpu"), lambda *bad: None)
+        DiffusionStage(job, torch.device("cpu"), lambda *bad: None, lambda: None)
     encode_all = world.job("precompute_latents.py", experiment, *tiny, "precompute.min_psnr=0")
     assert "24 x 16 float16 each" in world.run([*encode_all, "precompute.text_embeddings=true"])
     train = world.job("train.py", experiment, *tiny, *steps)

@@ -139,7 +139,7 @@ REFUSED = {
     "train +experiment=txt2img_laion scale=toy NODES=2 GPUS_PER_NODE=0": "engine=ddp or engine=zero1, or NODES=1",
     "train +experiment=class_imagenet name=a": "conditioning=class_label cannot be trained yet",
     "train +experiment=txt2img_laion name=a NODES=3": "global_batch=680 does not divide",
-    "train +experiment=txt2img_laion_2k name=a data.latents=CACHE": "held-out images: data.validation is not set",
+    "train +experiment=txt2img_laion_2k name=a data.validation=null": "held-out images: data.validation is not set",
 }
 
 
