@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
 from ldm_scale.core import rng, storage, tensors
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Name of the published weights, as torch-fidelity releases them."""
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_INCEPTION_SIZE = (299, 299)  # pixels
 
 
 class Features(nn.Module, ABC):
@@ -131,6 +130,8 @@ class InceptionFeatures(Features):
                 "folder here and point paths.weights at it"
             )
         _refuse_code(file)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # a second to import
+
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
         self.dim, self.classes = 2048, self.network.fc.out_features
         self._resizing = resizing
@@ -172,6 +173,8 @@ class VggFeatures(Features):
     def __init__(self, file: str | Path):
         super().__init__()
         _refuse_code(Path(file))
+        from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16  # a second to import
+
         self.network = FeatureExtractorVGG16("vgg16", ["fc2_relu"], str(file))
         self.name, self.dim = "fd_vgg16", 4096
         self.digest = storage.sha256_file(file)
@@ -189,8 +192,7 @@ def _refuse_code(file: Path) -> None:
 
 def _resize_cleanly(pixels_BCHW: Tensor) -> Tensor:
     """(B, 3, H, W) uint8 to (B, 3, 299, 299) float32 on the CPU, 0 to 255."""
-    side = FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE
     planes = pixels_BCHW.flatten(0, 1).cpu().float().numpy()
-    resized = [Image.fromarray(plane, mode="F").resize((side, side), Image.Resampling.BICUBIC) for plane in planes]
+    resized = [Image.fromarray(plane, mode="F").resize(_INCEPTION_SIZE, Image.Resampling.BICUBIC) for plane in planes]
     stacked = torch.from_numpy(np.stack([np.asarray(plane) for plane in resized]))
     return stacked.clamp(0, 255).unflatten(0, pixels_BCHW.shape[:2])

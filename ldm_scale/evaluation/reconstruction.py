@@ -7,7 +7,6 @@ Shape letters: B batch, C channels, H W height and width.
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 _SSIM_WINDOW = 11
 
@@ -35,6 +34,8 @@ def ssim(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
         raise ValueError(
             f"images of {tuple(images_BCHW.shape[-2:])} pixels; SSIM needs {_SSIM_WINDOW} x {_SSIM_WINDOW}"
         )
+    from torchmetrics.functional.image import structural_similarity_index_measure  # over a second to import
+
     images_BCHW, references_BCHW = _unit_range(images_BCHW, references_BCHW)
     _, map_BCHW = structural_similarity_index_measure(
         images_BCHW, references_BCHW, sigma=1.5, data_range=1.0, reduction="none", return_full_image=True

@@ -1,11 +1,14 @@
 """A tiny world, first stage and cache, made once by the real commands; and a way to start those commands."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ import pytest
 
 from data_tools.make_toy_world import Recipe, write_world
 from ldm_scale.data.cache import LatentCache
-from ldm_scale.jobs import precompute
+from ldm_scale.jobs import config, evaluate, precompute, train
 
 ROOT = Path(__file__).parents[2]
 TINY_UNET = ["unet.model_channels=16", "unet.norm_groups=8", "unet.head_channels=16", "unet.context_dim=16"]
 TINY_TEXT = ["conditioning.width=16", "conditioning.layers=1", "conditioning.heads=2", "conditioning.head_dim=8"]
+JOBS = {"train.py": ("train", train.run), "evaluate.py": ("evaluate", evaluate.run)}
 QUICK = ["evaluation.images=8", "evaluation.batch=8", "evaluation.grid=4", "sampler.steps=2"]
 
 
@@ -82,6 +86,17 @@ class World:
         assert process.returncode == expect, f"exit {process.returncode}\n{out}"
         return out
 
+    def refusal(self, command: list[str]) -> str:
+        """What a command that is refused says. Carried out in this process, as to start another one takes seconds."""
+        (name, run), overrides = JOBS[Path(command[1]).name], command[2:]
+        with (
+            contextlib.chdir(self.path), signals_kept(), contextlib.redirect_stderr(io.StringIO()) as said,
+            pytest.raises(SystemExit) as ended,
+        ):  # fmt: skip
+            config.or_exit(lambda: run(config.compose(name, overrides)))
+        assert ended.value.code == config.REFUSED_EXIT_CODE
+        return said.getvalue()
+
     def interrupted(self, command: list[str], when: Callable[[], bool], number: signal.Signals) -> int:
         """Start, send a signal once `when()` is true, and return the exit status."""
         process = start(*command, cwd=self.path)
@@ -92,6 +107,15 @@ class World:
         process.send_signal(number)
         process.communicate(timeout=120)
         return process.returncode
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Give a job's signals back to the tests."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -106,12 +130,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def encode(job: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., LatentCache]]:
     """Precompute with more overrides of the module's own `job`; returns the cache."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*overrides: str) -> LatentCache:
         precompute.run(job(*overrides))
         return LatentCache.open(f"{tmp_path}/latents")
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with signals_kept():
+        yield run

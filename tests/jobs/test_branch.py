@@ -81,7 +81,7 @@ def test_a_relaunch_goes_on_with_its_own_checkpoint(world: Any, parent: RunDir) 
 
 def test_what_cannot_be_a_parent_is_refused_before_anything_is_built(world: Any, parent: RunDir) -> None:
     def refusal(*overrides: str) -> str:
-        return world.run(world.tiny_training("name=refused", *overrides), expect=2)
+        return world.refusal(world.tiny_training("name=refused", *overrides))
 
     assert "is none of these: a training run" in refusal("init=nowhere")
     first_stage = world.path / "runs" / "autoencoder_kl_f4" / "toy"

@@ -195,10 +195,10 @@ def test_a_finished_run_is_left_alone_and_a_changed_one_is_refused(world: Any, u
     before = undisturbed.metrics.read_bytes()
     assert "is finished" in world.run(world.tiny_training("name=undisturbed"))
     assert undisturbed.metrics.read_bytes() == before
-    said = world.run(world.tiny_training("name=undisturbed", "seed=1"), expect=2)
+    said = world.refusal(world.tiny_training("name=undisturbed", "seed=1"))
     assert "seed=0 (now 1)" in said
     assert "name=ANOTHER_NAME" in said
-    said = world.run(world.tiny_training("name=undisturbed", "optimizer.learning_rate=1e-5"), expect=2)
+    said = world.refusal(world.tiny_training("name=undisturbed", "optimizer.learning_rate=1e-5"))
     assert "amend=true" in said
 
 
@@ -331,9 +331,13 @@ def test_precompute_is_restartable_by_shard(world: Any, tmp_path: Path) -> None:
 )
 def test_wrong_input_is_refused_with_its_name(world: Any, overrides: list[str], said: str) -> None:
     name = f"name=refused_{abs(hash(tuple(overrides)))}"
-    process = world.run(world.tiny_training(name, *overrides), expect=2)
-    assert said in process
-    assert "Traceback" not in process
+    assert said in world.refusal(world.tiny_training(name, *overrides))
+
+
+@pytest.mark.slow
+def test_a_refusal_is_a_plain_sentence(world: Any) -> None:
+    said = world.run(world.tiny_training("name=refused", "data.latents=nowhere"), expect=2)
+    assert "error: " in said and "nowhere" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -360,5 +364,5 @@ def test_a_first_stage_other_than_the_cache_s_is_refused(world: Any, tmp_path: P
     held = weights.load(source)
     held.tensors["decoder.conv_out.bias"] += 1
     weights.save(tmp_path / "other", held.config, held.tensors)
-    said = world.run(world.tiny_training("name=other", f"first_stage.checkpoint={tmp_path / 'other'}"), expect=2)
+    said = world.refusal(world.tiny_training("name=other", f"first_stage.checkpoint={tmp_path / 'other'}"))
     assert "encoded by first stage" in said

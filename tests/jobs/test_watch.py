@@ -113,9 +113,9 @@ def test_a_training_is_waited_for_while_it_may_go_on(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_none_is_refused(world: Any, tmp_path: Any) -> None:
-    said = world.run(world.job("evaluate.py", f"watch={tmp_path}"), expect=2)
+    said = world.refusal(world.job("evaluate.py", f"watch={tmp_path}"))
     assert f"watch={tmp_path} is not a training run" in said
-    said = world.run(world.job("evaluate.py", f"watch={tmp_path}", f"run_dir={tmp_path}"), expect=2)
+    said = world.refusal(world.job("evaluate.py", f"watch={tmp_path}", f"run_dir={tmp_path}"))
     assert "one of run_dir=RUN, first_stage.checkpoint=DIRECTORY, watch=RUN" in said
 
 
