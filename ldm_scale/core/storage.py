@@ -22,6 +22,8 @@ from typing import IO, Any, Protocol, TypeVar, runtime_checkable
 
 import fsspec
 
+from ldm_scale.core import traffic
+
 Result = TypeVar("Result")
 
 PIECE = 1 << 23
@@ -154,6 +156,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
             )
         if len(data) < end - start:
             raise OSError(f"{len(data)} of {end - start} bytes came")
+        traffic.count(fetched=len(data))
         return data
 
     return persist(url, read) if end > start else b""
@@ -178,6 +181,7 @@ def persist(url: str, read: Callable[[], Result]) -> Result:
                 spent = time.monotonic() - began
                 raise OSError(f"{url}: {_ATTEMPTS} attempts in {spent:.0f} s, the last: {said}") from error
             _log.warning("%s: %s; attempt %d of %d follows", url, said, attempt + 1, _ATTEMPTS)
+            traffic.count(retries=1)
         time.sleep(wait * _jitter.uniform(0.5, 1))
         wait = min(2 * wait, _LONGEST_WAIT_S)
     raise AssertionError("the last attempt returns or raises")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from ldm_scale.core import storage
+from ldm_scale.core import storage, traffic
 from ldm_scale.data.index import FIELDS, IMAGE_FIELDS, Rejection, ShardIndex, index_shard
 from ldm_scale.data.remote import RemoteReader, TarCache
 from ldm_scale.data.selected import LostKeys, Numbering, SelectedRows
@@ -573,9 +573,11 @@ class RemoteShard(OpenShard):
         self._tar = reader.open(url, index.header.tar_bytes, index.header.sha256)
 
     def read(self, offset: int, length: int) -> bytes:
+        traffic.count(read=length)
         return self._tar.read(offset, length)
 
     def view(self, offset: int, length: int) -> np.ndarray:
+        traffic.count(read=length)
         return self._tar.view(offset, length)
 
     def announce(self, row: int) -> None:

@@ -178,6 +178,14 @@ PANELS = (
     Panel("E21", "Slowest rank", ("perf/slowest_rank",), "always the same", "several processes", "rank"),
     Panel("E22", "Waiting for data, worst rank", ("perf/data_wait*",), "above 0.02", unit="share of time"),
     Panel("E22", "Read, slowest rank", ("perf/read_mb_per_s*",), "it falls where waiting grows", unit="MB/s"),
+    Panel(
+        "E22", "Read without fetching, worst rank", ("perf/cache_hits*",), "not near 1 in later epochs: no room",
+        "remote shards", "share of bytes",
+    ),
+    Panel(
+        "E22", "Retries, worst rank", ("perf/retries*",), "any that go on: ask the store's owner", "remote shards",
+        "requests since the last line",
+    ),
     Panel("E23", "Memory, worst rank", ("perf/memory_gb*", "perf/host_gb*"), "creeping", unit="GB"),
     Panel("E24", "Power of the GPU", ("perf/gpu_power_w*",), "one is low: it waits, or is throttled", "GPUs", "W"),
     Panel("E24", "Clock of the slowest GPU", ("perf/gpu_clock_mhz*",), "it falls: throttled", "GPUs", "MHz"),

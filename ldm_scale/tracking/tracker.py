@@ -9,6 +9,7 @@ import logging
 import math
 import socket
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -118,7 +119,7 @@ class JsonLines:
         path = self._run_dir.picture(name, images_seen)
         try:
             with storage.atomic_write(path) as file:
-                Image.fromarray(grid).save(file, format="PNG", pnginfo=text, compress_level=3)
+                Image.fromarray(grid).save(file, format="PNG", pnginfo=text, compress_type=zlib.Z_RLE)  # a third faster
         except OSError as error:
             _LOG.warning("%s is left out: %s", path, error)
 

@@ -16,6 +16,8 @@ import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_scale.core import traffic
+from ldm_scale.core.traffic import Traffic
 from ldm_scale.tracking.goodput import Ledger
 from ldm_scale.training.engine import Engine, EngineKind
 from ldm_scale.training.sensors import Sensors
@@ -23,7 +25,7 @@ from ldm_scale.training.telemetry import STEP_PARTS, Ranks, Straggler, Timeline
 
 _BACKWARD_AND_FORWARD = 3.0  # each product of the forward pass costs two more in the backward pass
 _RANGE: dict[str, Callable[[list[float]], float]] = {"min": min, "median": statistics.median_low, "max": max}
-_WORST_IS_LEAST = ("gpu_clock_mhz", "read_mb_per_s")
+_WORST_IS_LEAST = ("gpu_clock_mhz", "read_mb_per_s", "cache_hits")
 _DENSE_BF16_PEAKS = {  # by words of the device's name; variants before what they are variants of
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
     "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "GB300": 2500e12, "L40S": 362e12,
@@ -95,7 +97,7 @@ class Meter:
         """Found by the last reading."""
         self.step_s = 0.0
         """Seconds of a step, by the last reading; 0 before the first."""
-        self._bytes_read = 0
+        self._bytes_read, self._traffic = 0, traffic.so_far()
         self.restart()
 
     def restart(self) -> None:
@@ -121,6 +123,8 @@ class Meter:
         seconds, steps = sum(split.values()), max(self._steps, 1)
         rate, self.step_s = self._images / seconds, seconds / steps
         read_mb = (bytes_read - self._bytes_read) / 1e6
+        now = traffic.so_far()
+        asked, self._traffic = now.since(self._traffic), now
         self._images, self._steps, self._bytes_read = 0, 0, bytes_read
         return {
             "perf/images_per_s": rate,
@@ -128,11 +132,13 @@ class Meter:
             "perf/mfu": rate / self._world * self._flops_per_image / self._peak,
             "perf/step_ms": 1e3 * self.step_s,
             **{f"perf/split_{part}": share / seconds for part, share in split.items()},
-            **self._of_ranks(split, seconds, steps, read_mb),
+            **self._of_ranks(split, seconds, steps, read_mb, asked),
             **self.ledger.shares(time.time()),
         }
 
-    def _of_ranks(self, split: Mapping[str, float], seconds: float, steps: int, read_mb: float) -> dict[str, float]:
+    def _of_ranks(
+        self, split: Mapping[str, float], seconds: float, steps: int, read_mb: float, asked: Traffic
+    ) -> dict[str, float]:
         """What differs between ranks: the worst of all, and where there are several their range."""
         # Free of waiting for others: the passes too, where an engine communicates only after them.
         own = split["data"] + (0.0 if self._waits_within else split["forward_backward"])
@@ -141,6 +147,8 @@ class Meter:
                 "own_ms": 1e3 * own / steps,
                 "data_wait": split["data"] / seconds,
                 "read_mb_per_s": read_mb / seconds,
+                "cache_hits": asked.hits,
+                "retries": float(asked.retries) if asked.read or asked.retries else math.nan,
                 "memory_gb": _memory_gb(),
                 "host_gb": psutil.Process().memory_info().rss / 1e9,
                 **self._sensors.read(),

@@ -21,7 +21,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from ldm_scale.core import storage
+from ldm_scale.core import storage, traffic
+from ldm_scale.core.traffic import Traffic
 from ldm_scale.data import remote
 from ldm_scale.data.remote import Blocks, BlockTar, RemoteReader, TarCache
 from ldm_scale.data.shards import ShardSet, ShardWriter
@@ -181,6 +182,21 @@ def test_a_flaky_store_gives_the_same(store, image_shards, tmp_path, monkeypatch
     shards = ShardSet.open(store.url, str(tmp_path / "index"), remote=reader(kind, tmp_path))
     require_same(shards, image_shards)
     assert store.faults > 1
+
+
+@pytest.mark.parametrize(("kind", "times"), [("blocks", 2), ("cache", 1)])  # to be indexed; and to be read
+def test_what_crosses_the_network_is_counted(store, image_shards, tmp_path, kind, times):
+    began, store.fault, store.share = traffic.so_far(), 503, 0.5
+    shards = ShardSet.open(store.url, str(tmp_path / "index"), remote=reader(kind, tmp_path))
+    samples = ShardSet.open(image_shards).read(np.arange(shards.n), FIELDS)
+    assert shards.read(np.arange(shards.n), FIELDS) == samples
+    first = traffic.so_far().since(began)
+    assert first.read == sum(len(data) for members in samples for data in members.values())
+    assert first.fetched == times * sum(tar.stat().st_size for tar in store.folder.glob("*.tar"))
+    assert 0 < first.retries <= store.faults, "fsspec itself asks again where a HEAD fails"
+    shards.read(np.arange(shards.n), FIELDS)
+    second = traffic.so_far().since(began).since(first)
+    assert second == Traffic(read=first.read) and second.hits == 1
 
 
 def test_a_store_that_stays_away_is_named_with_the_attempts(store, tmp_path, monkeypatch, caplog):

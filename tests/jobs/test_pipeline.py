@@ -44,6 +44,7 @@ OWN_MS = ("own_ms", "own_ms_min", "own_ms_median", "own_ms_max")
 ELSEWHERE = (  # what panels say of trainings that are none of these
     "several processes", "several sources", "caption files", "VQ first stages", "first stages with a discriminator",
     "with Inception's weights", "with CLIP's weights", "with LPIPS's weights", "GPUs", "GPUs with ECC",
+    "remote shards",
     "with `kernel` in evaluation.scores", "once there are some; events `unread` have keys",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_scale.core import traffic
 from ldm_scale.nn.unet import UNet, UNetConfig
 from ldm_scale.tracking.goodput import Ledger
 from ldm_scale.training import telemetry, throughput
@@ -104,10 +105,13 @@ def test_rates_are_of_the_time_that_was_trained(monkeypatch: pytest.MonkeyPatch)
     split = [read[f"perf/split_{part}"] for part in STEP_PARTS]
     assert split == pytest.approx([0.1, 0.5, 0.1, 0.2, 0.1, 0.0])
     assert meter.ledger.seconds["evaluation"] == 1000 and meter.ledger.seconds["train"] == pytest.approx(3.6)
+    assert not {"perf/cache_hits", "perf/retries"} & read.keys(), "nothing is remote"
     meter.step(50)
     clock.after(1.0, meter, "forward_backward")
+    traffic.count(read=400, fetched=100, retries=2)
     later = meter.read(23_000_000)
     assert later["perf/data_wait"] == 0 and later["perf/read_mb_per_s"] == pytest.approx(3)
+    assert (later["perf/cache_hits"], later["perf/retries"]) == (0.75, 2)
 
 
 def test_an_engine_tells_what_has_ended() -> None:
