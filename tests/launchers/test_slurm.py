@@ -189,8 +189,9 @@ def test_a_process_is_lost_while_the_controller_is_away(cluster: Cluster, toy: T
 @pytest.mark.faults
 def test_another_job_takes_the_hosts_and_gives_them_back(cluster: Cluster, toy: Toy, tmp_path: Path) -> None:
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
-    toy.train(undisturbed, *HOW).finish()
-    job = cluster.submit("train", *toy.training(run, *HOW), *WHERE, cwd=tmp_path)
+    longer = ("total_images=8000", "every.save=400")  # Slurm takes its time
+    toy.train(undisturbed, *longer).finish()
+    job = cluster.submit("train", *toy.training(run, *longer), *WHERE, cwd=tmp_path)
     log = run / f"slurm_{job}.log"
     cluster.wait(lambda: images(run) > 0, log)
     cluster.ask("sbatch", "--partition=urgent", "--nodes=3", "--output=/dev/null", "--wrap=true")
