@@ -157,10 +157,9 @@ def main() -> None:
         own_step_s, own_s = training("own")
         often_step_s, often_s = training("often", "every.log=160", "every.sample=0", "total_images=6_400")
         pages, look_s = look()
-    print(
-        f"at its own intervals     {own_s / own_step_s:.4f} of the time, and pictures; steps of {1e3 * own_step_s:.1f} ms"
-    )
-    print(f"a line every 10 steps    {often_s / often_step_s:.4f} of the time; steps of {1e3 * often_step_s:.1f} ms")
+    own, often = own_s / own_step_s, often_s / often_step_s
+    print(f"at its own intervals     {own:.4f} of the time, with pictures; steps of {1e3 * own_step_s:.1f} ms")
+    print(f"a line every 10 steps    {often:.4f} of the time; steps of {1e3 * often_step_s:.1f} ms")
     print(f"a look at 256 pixels     {look_s:.2f} s for {pages} pages, every {LOOK_EVERY:,} steps")
     enough_s = (often_s + look_s / LOOK_EVERY) / LIMIT
     print(f"such lines and looks     {LIMIT:g} of the time at steps of {1e3 * enough_s:.0f} ms, less at longer ones")
