@@ -385,6 +385,7 @@ found.whole = line() === whole;
 viewer.querySelector("button").click();
 found.enlarged = $("dialog[open] img").src === viewer.querySelector("img").src;
 $("dialog").close();
+found.ticks = told([0.0417, 0.04171, 0.04172]).join() === "0.0417,0.04171,0.04172" && told([0, 5000]).join() === "0,5k";
 set($("#axis"), "gpu_hours", "change");
 found.axis = loss.querySelector(".value").textContent;
 $("#axis").value = "images"; $("#axis").dispatchEvent(new Event("change"));
@@ -440,4 +441,5 @@ def test_browser_builds_every_section(run_dir, tmp_path):
     numbers = [panel for panel in data_of(run_dir.report)["panels"] if not panel["names"][0].startswith("samples/")]
     assert body.count('<div class="chart">') == len(numbers) + 1  # and the map of timesteps
     assert 'class="mark resume"' in body and "12.5" in body and "guidance 3" in body and "0.96875" in body
+    assert body.count('class="across"') == 2, "scores stand under their conditions, each told once; others under none"
     assert "<b>&quot;quoted" not in body and "&lt;/script&gt;&lt;b&gt;" in body

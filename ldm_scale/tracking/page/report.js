@@ -19,17 +19,22 @@ function make(tag, attributes = {}, ...children) {
 
 // ---------------------------------------------------------------- numbers and dates
 const whole = (n) => Math.round(n).toLocaleString("en-US");
-function short(x) {
+function short(x, digits = 3) {
   for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
-    if (Math.abs(x) >= size) return `${+(x / size).toPrecision(3)}${unit}`;
+    if (Math.abs(x) >= size) return `${+(x / size).toPrecision(digits)}${unit}`;
   }
-  return tidy(x, 3);
+  return tidy(x, digits);
 }
 function tidy(x, digits = 4) {
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size < 1e-3 || size >= 1e7) return x.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
+  if (size < 1e-3 || size >= 1e7) return x.toExponential(Math.max(2, digits - 2)).replace(/\.?0+e/, "e").replace("e+", "e");
   return size >= 1e4 ? whole(x) : String(+x.toPrecision(digits));
+}
+/** Ticks in words, with as many digits as tell them apart. */
+function told(ticks) {
+  const words = (digits) => ticks.map((tick) => short(tick, digits));
+  return words([3, 4, 5, 6, 7].find((digits) => new Set(words(digits)).size === ticks.length) || 8);
 }
 const date = (seconds) => (seconds === null || seconds === undefined
   ? "-" : new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }));
@@ -110,11 +115,13 @@ function header() {
 }
 
 // ---------------------------------------------------------------- tables
+/** Heads and rows of cells [class, content ...]; a row of one cell is a heading across the table. */
 function table(heads, rows) {
   const cell = (tag) => ([kind, ...content]) => make(tag, { class: kind }, ...content);
+  const across = ([[, ...content]]) => make("td", { class: "across", colspan: heads.length }, ...content);
   return make("div", { class: "scroll" }, make("table", {},
     make("thead", {}, make("tr", {}, heads.map(cell("th")))),
-    make("tbody", {}, rows.map((row) => make("tr", {}, row.map(cell("td")))))));
+    make("tbody", {}, rows.map((row) => make("tr", {}, row.length > 1 ? row.map(cell("td")) : across(row))))));
 }
 
 function differences() {
@@ -123,17 +130,21 @@ function differences() {
     page.differences.map(({ key, values }) => [["mono", key], ...values.map((value) => ["mono wrap", plain(value)])]));
 }
 
+/** A row for each score of each run, under what it depends on. */
 function scores() {
-  const rows = runs.flatMap((run, i) => run.scores.map((score) => [score.name, [
-    ["mono", score.name], ...(several ? [["mono name", swatch(kind(i)), label(run)]] : []),
-    ["number", make("strong", {}, tidy(score.newest[1], 5))], ["number soft", whole(score.newest[0])],
-    ["number", tidy(score.first[1], 5)], ["number soft", whole(score.first[0])],
-    ["wrap", ...(Object.keys(score.conditions).length ? pairs(score.conditions) : [make("span", { class: "soft" }, "not recorded")])],
-  ]]));
-  if (!rows.length) return nothing("No scores yet.");
-  rows.sort((a, b) => a[0].localeCompare(b[0]));  // stable: runs keep their order
+  const all = runs.flatMap((run, i) => run.scores.map((score) => ({ run, i, ...score })));
+  if (!all.length) return nothing("No scores yet.");
+  all.sort((a, b) => a.name.localeCompare(b.name));  // stable: runs keep their order
+  const groups = Map.groupBy(all, (score) => JSON.stringify(score.conditions));
+  const row = ({ run, i, name, newest, first }) => [
+    ["mono", name], ...(several ? [["mono name", swatch(kind(i)), label(run)]] : []),
+    ["number", make("strong", {}, tidy(newest[1], 5))], ["number soft", whole(newest[0])],
+    ["number", tidy(first[1], 5)], ["number soft", whole(first[0])]];
+  const known = (scores) => Object.keys(scores[0].conditions).length > 0;
+  const ordered = [...groups.values()].sort((a, b) => known(b) - known(a));
   return table([["", "Score"], ...(several ? [["", "Run"]] : []), ["number", "Newest"], ["number", "at images"],
-    ["number", "First"], ["number", "at images"], ["", "Conditions"]], rows.map((row) => row[1]));
+    ["number", "First"], ["number", "at images"]], ordered.flatMap((scores) => [
+    [["", ...(known(scores) ? pairs(scores[0].conditions) : ["conditions not recorded"])]], ...scores.map(row)]));
 }
 
 /** What `evaluate.py` wrote: a table for each file, a row for each strength of guidance, and its picture. */
@@ -294,15 +305,15 @@ class Chart {
     this.x = (x) => left + ((x - x0) / (x1 - x0)) * (width - left - right);
     this.back = (px) => x0 + ((px - left) / (width - left - right)) * (x1 - x0);
     this.y = (y) => height - bottom - ((scale(y) - scale(y0)) / (scale(y1) - scale(y0))) * (height - top - bottom);
-    for (const y of this.log ? logSteps(y0, y1) : roundSteps(y0, y1, 5)) {
-      this.svg.append(
-        make("line", { class: "gridline", x1: left, x2: width - right, y1: this.y(y), y2: this.y(y) }),
-        make("text", { x: left - 7, y: this.y(y) + 4, "text-anchor": "end" }, short(y)));
-    }
-    for (const x of roundSteps(x0, x1, width < 340 ? 3 : 5)) {
+    const [across, up] = [roundSteps(x0, x1, width < 340 ? 3 : 5), this.log ? logSteps(y0, y1) : roundSteps(y0, y1, 5)];
+    const [acrossTold, upTold] = [told(across), told(up)];
+    up.forEach((y, i) => this.svg.append(
+      make("line", { class: "gridline", x1: left, x2: width - right, y1: this.y(y), y2: this.y(y) }),
+      make("text", { x: left - 7, y: this.y(y) + 4, "text-anchor": "end" }, upTold[i])));
+    across.forEach((x, i) => {
       const anchor = this.x(x) > width - 30 ? "end" : "middle";
-      this.svg.append(make("text", { x: anchor === "end" ? width - right : this.x(x), y: height - 5, "text-anchor": anchor }, short(x)));
-    }
+      this.svg.append(make("text", { x: anchor === "end" ? width - right : this.x(x), y: height - 5, "text-anchor": anchor }, acrossTold[i]));
+    });
     for (const { label: text, value } of this.levels) {
       this.svg.append(make("line", { class: "level", x1: left, x2: width - right, y1: this.y(value), y2: this.y(value) }),
         make("text", { class: "held", x: width - right, y: this.y(value) - 4, "text-anchor": "end" }, `${text}: ${tidy(value)}`));
