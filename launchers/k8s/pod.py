@@ -5,8 +5,9 @@
 From the environment: HOSTS pods, of which this is number HOST, MASTER_ADDR, the first one, and RESTARTS of them all so
 far, set by the manifest; PROCESSES of this pod, set by launchers/env.sh. SIGTERM and SIGUSR1 reach every process.
 
-Where three attempts in a row of a training or a precomputation finished nothing (a checkpoint, a shard), there is no
-fourth: the first host keeps count, beside the directory that `run_dir=` or `data.latents=` names.
+Where three attempts in a row of a training or a precomputation finished nothing (a checkpoint, a batch of an
+evaluation, a shard), there is no fourth: the first host keeps count, beside the directory that `run_dir=` or
+`data.latents=` names.
 
 exits  0 every process finished, 75 the job was told to stop and has saved, 76 no progress, else as the first process
        that failed
@@ -24,7 +25,11 @@ from types import FrameType
 PREEMPTED = 75  # ldm_scale.core.runtime.PREEMPTED_EXIT_CODE, without the seconds that importing torch takes
 NO_PROGRESS = 76
 ATTEMPTS = 3
-WORK = {"train.py": ("run_dir=", "complete.json"), "precompute_latents.py": ("data.latents=", "*.done.json")}
+KEPT = "[0-9]" * 9 + ".safetensors"  # jobs/kept.py
+WORK = {
+    "train.py": ("run_dir=", ["complete.json", KEPT]),
+    "precompute_latents.py": ("data.latents=", ["*.done.json"]),
+}
 """What names the place of a job's work, and what its finished pieces are called."""
 PATIENCE_S = 60.0
 """After one process failed the others end by themselves within a minute, with the reason, if they ever met."""
@@ -63,11 +68,12 @@ def main(command: Sequence[str]) -> int:
 
 def barren(command: Sequence[str]) -> str:
     """Why not to begin again; else empty, and one attempt more is on record."""
-    key, piece = WORK.get(command[0], ("", ""))
+    key, pieces = WORK.get(command[0], ("", []))
     place = next((text.removeprefix(key) for text in reversed(command) if key and text.startswith(key)), "")
     if not place:
         return ""
-    begun, finished = Path(f"{place}.begun"), str(sorted(str(file) for file in Path(place).rglob(piece)))
+    begun = Path(f"{place}.begun")
+    finished = str(sorted(str(file) for piece in pieces for file in Path(place).rglob(piece)))
     before = begun.read_text().splitlines() if begun.exists() and os.environ["RESTARTS"] != "0" else []
     if before[-ATTEMPTS:] == [finished] * ATTEMPTS:
         return (

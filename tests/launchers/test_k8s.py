@@ -223,6 +223,10 @@ def test_three_attempts_without_progress_are_the_last(tmp_path: Path, monkeypatc
     (run.checkpoints / "images_000000000008").mkdir(parents=True)
     (run.checkpoints / "images_000000000008" / "complete.json").touch()
     assert attempts(3, 4, 5, 6) == [False, False, False, True]
+    kept = run.evaluation / "000000000008_ema.unfinished" / "000000016.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert attempts(7, 8, 9, 10) == [False, False, False, True]
     assert pod_script.barren(["sample.py", f"run_dir={run.path}"]) == ""
     last = pod(0, 1, "train.py", f"run_dir={run.path}", processes=1, restarts="7", local=str(tmp_path))
     assert (
