@@ -70,7 +70,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def start(shards: Path, folder: Path) -> BaseProcess:
     """A process with everything imported already, so that it is killed at work and not at its imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ldm_scale.jobs.precompute"])
+    context.set_forkserver_preload(["ldm_scale.jobs.precompute", "torch._dynamo"])  # which meta tensors need
     process = context.Process(target=work, args=(str(shards), str(folder)))
     process.start()
     return process
