@@ -21,6 +21,7 @@ from ldm_scale.core import storage
 STALE_S = 300.0
 """Seconds without a sign of life after which a claim is free; network file systems show a new time a minute late."""
 _BEATS = 10  # signs of life in that time
+_ATTEMPTS = 10  # to create a file in a folder that others remove when they leave
 
 
 class Claims:
@@ -96,16 +97,28 @@ class Claims:
 
     def _create(self, name: str) -> bool:
         """Create the claim where there is none; with its content, so that nobody sees it empty for long."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(self._path(name), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
+        descriptor = self._new_file(name)
+        if descriptor is None:
             return False
         pid = os.getpid()
         said = {"owner": self.owner, **here(), "pid": pid, "began": _began(pid), "time": time.time()}
         with os.fdopen(descriptor, "wb") as file:
             file.write(storage.canonical_json(said))
         return True
+
+    def _new_file(self, name: str) -> int | None:
+        """A descriptor of the claim's file, created; None where there is one."""
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return os.open(self._path(name), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            except FileExistsError:
+                return None
+            except FileNotFoundError:  # nobody is here yet, or the last to leave removed the folder just now
+                if not left:
+                    raise
+                with suppress(FileExistsError, FileNotFoundError):
+                    self.folder.mkdir(parents=True)
+        raise AssertionError("the last attempt returns or raises")
 
     def _is_stale(self, name: str) -> bool:
         """Judged by this process's own clock from when it first saw the last sign of life: clocks of hosts differ."""

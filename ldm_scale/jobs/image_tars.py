@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,9 +132,9 @@ class ImageTars:
     def _index(self, url: str, copy: str) -> ShardIndex:
         index = scan(copy)
         path = Path(self._sidecars.writable(url)) / f"{url.rpartition('/')[2].removesuffix('.tar')}.idx"
-        sweep(path)
-        with storage.atomic_write(path) as file:
+        with suppress(FileNotFoundError), storage.atomic_write(path) as file:  # swept by one that has written it
             file.write(index.to_bytes())
+        sweep(path)
         return index
 
     def _glance(self, tar: int) -> float:

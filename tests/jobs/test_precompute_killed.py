@@ -26,12 +26,16 @@ SHARDS, IMAGES = 24, 10
 
 
 def work(shards: str, folder: str) -> None:
-    """What each process does: the job, with the cache and the indexes in `folder`."""
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
+    """What each process does: the job, with the cache and the indexes in `folder`, and what it says beside it."""
+    said = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     torch.set_num_threads(1)
     precompute.run(job(shards, f"data.latents={folder}/latents", f"data.index_dir={folder}/index"))
+
+
+def log_of(folder: str | Path) -> Path:
+    return Path(f"{folder}.log")
 
 
 def job(shards: str, *overrides: str) -> PrecomputeJob:
@@ -97,7 +101,7 @@ def test_three_of_which_one_is_killed_leave_what_one_makes(shards: Path, tmp_pat
         if victim.pid is not None and victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)
         killed_at_work += finish(victim) == -signal.SIGKILL and not (folder / "latents" / "manifest.json").exists()
-        assert [finish(process) for process in processes] == [0, 0], f"round {turn}"
+        assert [finish(process) for process in processes] == [0, 0], f"round {turn}: {log_of(folder).read_text()}"
         found = files(folder)
         assert [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)] == [], turn
     manifest = storage.read_json(tmp_path / "round0" / "latents" / "manifest.json")

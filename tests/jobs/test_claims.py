@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,22 @@ def test_sweeping_takes_the_claims_of_the_dead_only(tmp_path: Path) -> None:
         foreign(tmp_path, pid=2**22 + 1)  # beyond the largest process id
         two.sweep()
         assert [path.name for path in tmp_path.glob("*.claim")] == ["a.claim"]
+
+
+def test_the_last_to_leave_removes_the_folder_and_whoever_comes_then_makes_it_again(tmp_path: Path) -> None:
+    def come_and_go(name: str) -> int:
+        taken = 0
+        for _ in range(300):
+            with Claims(tmp_path / "run" / "claims") as claims:
+                taken += claims.take(name)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(come_and_go, "abcd")) == [300] * 4
+    assert not (tmp_path / "run" / "claims").exists()
+
+
+def test_a_folder_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "claims").symlink_to(tmp_path / "nowhere" / "claims")
+    with Claims(tmp_path / "claims") as claims, pytest.raises(FileNotFoundError, match="claims"):
+        claims.take("a")
